@@ -1,0 +1,377 @@
+"""The engine in this process: one thread that alone runs forwards, parks and wakes, and changes the policy.
+
+Everyone else submits and listens. Commands are taken between steps, so a switch takes effect in the middle of an
+answer, and turns of several conversations go on side by side.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
+
+from autoglm_lab.engine.live import LiveSound
+from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
+from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
+from autoglm_lab.engine.recovery import evict
+from autoglm_lab.engine.state import EngineState
+from autoglm_lab.engine.turn_run import TurnRun
+from autoglm_lab.errors import ConversationError, EngineClosedError, MessageError, ModuleError, ModuleOffError, PolicyError
+from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.ledger import Ledger, LedgerBook
+from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
+
+Result = TypeVar("Result")
+_TICK = 0.25
+
+
+class LocalEngine:
+    """Answers conversations with a model in this process. See `engine.protocol.Engine`.
+
+    Args:
+        state: the model and its memory.
+        book: where the ledger is read.
+        capabilities: what the model can do.
+    """
+
+    def __init__(self, state: EngineState, book: LedgerBook, capabilities: Capabilities) -> None:
+        self._state, self._book, self._capabilities = state, book, capabilities
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._waiting: list[TurnRun] = []
+        self._running: deque[tuple[TurnRun, Iterator[None]]] = deque()
+        self._answers = 0
+        self._ticked = 0.0
+        self._closed = False
+        book.register(state.conversations)
+        self._thread = threading.Thread(
+            target=_serve, args=(weakref.ref(self), self._inbox), name="autoglm-lab engine", daemon=True
+        )
+        self._thread.start()
+
+    # what is
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        return self._state.policy
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def phase(self) -> str:
+        return self._state.phase
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed of the last turn that decoded."""
+        return self._state.tokens_per_second
+
+    @property
+    def state(self) -> EngineState:
+        """The model and its memory, for who builds on the engine; changed by the engine's thread alone."""
+        return self._state
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def ledger(self) -> Ledger:
+        return self._book.read(self._state.phase, self._state.policy.budget)
+
+    def modules(self) -> tuple[ModuleInfo, ...]:
+        return tuple(module.info() for module in self._state.residency.values())
+
+    def conversations(self) -> tuple[ConversationInfo, ...]:
+        return self._state.conversations.infos()
+
+    # what can be asked
+
+    def submit(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        conversation: str = "main",
+        live: bool = False,
+        **options: Any,
+    ) -> Turn:
+        """Append messages to a conversation and answer them. Returns at once.
+
+        Args:
+            messages: OpenAI-style, see `engine.messages`.
+            conversation: its name; begun if new. A turn waits for the one before it.
+            live: leave the question open for `Turn.feed` until `Turn.ask`.
+            options: generation settings for this turn alone, as in ``policy.generation``.
+
+        Raises:
+            MessageError, MediaError: the messages cannot be read.
+            ModuleOffError: they need a module that the policy keeps off.
+            PolicyError: an option does not exist or cannot be.
+        """
+        read = read_messages(messages) if messages or not live else ()
+        settings = self._settings(options)
+        self._check_media(read, live)
+        turn = Turn(conversation, cancel=self._cancel, feed=self._feed if live else None, ask=self._ask if live else None)
+        self._post(lambda: self._begin(turn, read, settings, live))
+        return turn
+
+    def set_policy(self, policy: MemoryPolicy) -> None:
+        """Obey another policy, at once; KV limits from the next turn of a conversation on.
+
+        Raises:
+            PolicyError: it names a module that this model does not have.
+            ModuleError: a module could not be moved; the policy stays as it was.
+        """
+        unknown = [name for name in policy.modules if name not in self._state.residency]
+        if unknown:
+            known = ", ".join(self._state.residency)
+            raise PolicyError(f"this model has no module '{unknown[0]}'; its modules are {known}")
+        self._call(lambda: self._apply(policy))
+
+    def park(self, module: str, place: Literal["auto", "host", "disk"] = "auto") -> Event:
+        """Move a module off the device. A request that needs it wakes it, unless the policy keeps it off."""
+        self._known(module)
+        return self._call(lambda: self._state.event_of(self._state.residency[module].park(place, why="asked")))
+
+    def wake(self, module: str) -> Event:
+        """Move a module onto the device."""
+        self._known(module)
+        return self._call(lambda: self._state.event_of(self._state.residency[module].wake(why="asked")))
+
+    def reclaim(self) -> Event:
+        """Give unused memory back to the system. The event's bytes are what was really given back."""
+        return self._call(lambda: self._state.event_of(self._state.reclaimer.reclaim("asked")))
+
+    def drop(self, conversation: str) -> None:
+        """Forget a conversation and free its keys and values.
+
+        Raises:
+            ConversationError: there is none of this name, or a turn of it is under way.
+        """
+
+        def run() -> None:
+            conversations = self._state.conversations
+            if conversation not in conversations:
+                names = ", ".join(info.name for info in conversations.infos()) or "none"
+                raise ConversationError(f"there is no conversation '{conversation}'; there are: {names}")
+            if conversations.get(conversation).busy:
+                raise ConversationError(f"conversation '{conversation}' has a turn under way: stop it first")
+            self._state.event("evicted", f"conversation '{conversation}'", nbytes=conversations.drop(conversation))
+
+        self._call(run)
+
+    def stop(self) -> None:
+        """Cancel every turn, waiting ones too. Returns at once."""
+        for run in (*self._waiting, *(run for run, _ in tuple(self._running))):
+            run.cancelled = True
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread, and free every module. The engine answers nothing afterwards."""
+        if self._closed:
+            return
+        self.stop()
+        self._closed = True
+        self._inbox.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=30)
+        _close(self._state, self._book)
+
+    # between threads
+
+    def _call(self, run: Callable[[], Result]) -> Result:
+        if threading.current_thread() is self._thread:
+            return run()
+        result: Result = self._post(run).result()
+        return result
+
+    def _post(self, run: Callable[[], Result]) -> Future[Result]:
+        if self._closed:
+            raise EngineClosedError("this workbench was closed: load the model again")
+        future: Future[Result] = Future()
+        self._inbox.put((run, future))
+        return future
+
+    # what only the engine's thread does
+
+    def _work(self) -> None:
+        """One round: begin turns that can begin, one step of the next turn, and what is due."""
+        for run in tuple(self._waiting):
+            if run.cancelled:
+                self._waiting.remove(run)
+                run.withdraw()
+            elif not run.conversation.busy:
+                self._waiting.remove(run)
+                run.conversation.busy = True
+                self._running.append((run, run.steps()))
+                break
+        if self._running:
+            run, steps = self._running.popleft()
+            if next(steps, _DONE) is _DONE:
+                self._after(run)
+            else:
+                self._running.append((run, steps))
+        now = time.monotonic()
+        if now - self._ticked >= _TICK:
+            self._ticked = now
+            for event in self._state.residency.tick(now):
+                self._state.event_of(event)
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def _begin(self, turn: Turn, messages: tuple[Message, ...], settings: GenerationPolicy, live: bool) -> None:
+        run = TurnRun(self._state, turn, self._state.conversations.get(turn.conversation), messages, settings)
+        turn.run = run
+        run.cancelled = turn.cancelled
+        if live and not run.cancelled:
+            run.sound = LiveSound(self._state.model)
+        else:
+            self._waiting.append(run)
+
+    def _after(self, run: TurnRun) -> None:
+        state = self._state
+        self._answers += 1
+        for conversation in state.conversations.idle_by_age()[: -state.policy.kv.max_conversations]:
+            evict(state, conversation, f"more than kv.max_conversations = {state.policy.kv.max_conversations}")
+        why = state.reclaimer.due(self._answers, self.ledger(), state.policy.reclaim)
+        if why and not self._running:
+            state.event_of(state.reclaimer.reclaim(why))
+
+    def _apply(self, policy: MemoryPolicy) -> None:
+        state, before = self._state, self._state.policy
+        state.accelerator.set_budget(policy.budget)
+        try:
+            events = state.residency.apply(policy)
+        except Exception:
+            state.accelerator.set_budget(before.budget)
+            raise
+        state.policy = policy
+        for event in events:
+            state.event_of(event)
+        if policy.budget != before.budget:
+            state.event("budget", "the process" if policy.budget else "none: the whole device", nbytes=policy.budget)
+        for part in ("kv", "reclaim", "generation"):
+            if getattr(policy, part) != getattr(before, part):
+                state.event("policy", part, why="from the next turn on")
+
+    def _feed(self, turn: Turn, pcm: Any) -> None:
+        def run() -> None:
+            sound = turn.run.sound
+            if sound is None:
+                raise ConversationError("the question is closed: it takes no more sound")
+            self._state.residency.ensure(["audio"], "live sound")
+            sound.feed(pcm)
+
+        self._call(run)
+
+    def _ask(self, turn: Turn, text: str | None) -> None:
+        def run() -> None:
+            job = turn.run
+            if job.sound is None:
+                raise ConversationError("this turn was already asked")
+            self._state.residency.ensure(["audio"], "live sound")
+            part, features = job.sound.close()
+            job.sound, job.live = None, {part.digest: features}
+            asked: tuple[AudioPart | TextPart, ...] = (part,) if text is None else (part, TextPart(text))
+            job.messages = _with_parts(job.messages, asked)
+            job.start_clock()
+            self._waiting.append(job)
+
+        self._call(run)
+
+    def _cancel(self, turn: Turn) -> None:
+        run = turn.run
+        if run is None:
+            return
+        run.cancelled = True
+        if run.sound is not None:
+            run.sound = None
+            run.withdraw()
+
+    # checks in the caller's thread
+
+    def _settings(self, options: dict[str, Any]) -> GenerationPolicy:
+        given = {name: value for name, value in options.items() if value is not None}
+        return self._state.policy.replace(generation=given).generation
+
+    def _check_media(self, messages: Sequence[Message], live: bool) -> None:
+        needs: list[tuple[str, str]] = []
+        needs += [("vision", "an image in the message")] * bool(media(messages, ImagePart))
+        needs += [("audio", "a sound in the message")] * bool(live or media(messages, AudioPart))
+        for module, why in needs:
+            if module not in self._state.residency:
+                takes = ", ".join(self._capabilities.modalities)
+                raise MessageError(f"this model has no module '{module}', needed for {why}; it takes {takes}")
+            if self._state.policy.module(module).residency == "off":
+                raise ModuleOffError(module, why)
+        if live and not hasattr(self._state.model, "encode_audio_chunk"):
+            raise MessageError("this model cannot encode sound while it comes in: send it with wb.chat(..., audio=…)")
+
+    def _known(self, module: str) -> None:
+        if module not in self._state.residency:
+            raise ModuleError(f"this model has no module '{module}'; its modules are {', '.join(self._state.residency)}")
+
+
+_DONE = object()
+
+
+def _serve(
+    reference: weakref.ref[LocalEngine],
+    inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None],
+) -> None:
+    """The engine's thread. It holds the engine weakly while idle, so that one nobody holds any more goes away."""
+    busy = False
+    while True:
+        try:
+            command = inbox.get(timeout=0 if busy else _TICK) if not busy else inbox.get_nowait()
+        except queue.Empty:
+            command = _IDLE
+        engine = reference()
+        if engine is None or command is None:
+            _cancel_rest(engine)
+            return
+        if command is not _IDLE:
+            run, future = command
+            try:
+                future.set_result(run())
+            except BaseException as error:
+                future.set_exception(error)
+            del run, future
+            command = _IDLE
+            busy = True
+        else:
+            engine._work()
+            busy = engine._has_work
+        del engine
+
+
+_IDLE: Any = object()
+
+
+def _cancel_rest(engine: LocalEngine | None) -> None:
+    """Finish every turn under way, so that nobody waits for ever."""
+    if engine is None:
+        return
+    while engine._has_work:
+        engine.stop()
+        engine._work()
+
+
+def _close(state: EngineState, book: LedgerBook) -> None:
+    state.sampler.stop()
+    for conversation in state.conversations:
+        conversation.kv.clear()
+    book.unregister(state.conversations)
+    state.residency.close()
+
+
+def _with_parts(messages: tuple[Message, ...], parts: Sequence[Any]) -> tuple[Message, ...]:
+    if messages and messages[-1].role == "user":
+        return (*messages[:-1], Message("user", (*parts, *messages[-1].parts)))
+    return (*messages, Message("user", tuple(parts)))

@@ -1,0 +1,72 @@
+"""What one local engine works with: the model, its memory and its conversations. Only the engine's thread changes it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoglm_lab.engine.conversation import Conversations
+from autoglm_lab.engine.step import Stepper
+from autoglm_lab.errors import OutOfMemoryError
+from autoglm_lab.memory.accelerator import Accelerator
+from autoglm_lab.memory.events import Event, EventKind
+from autoglm_lab.memory.peak import PeakMeter
+from autoglm_lab.memory.reclaim import Reclaimer
+from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.sampler import Sampler
+from autoglm_lab.policy import MemoryPolicy
+
+
+@dataclass
+class EngineState:
+    """The parts of a local engine.
+
+    Attributes:
+        context_tokens: the longest dialogue the model takes; None: not stated.
+        phase: what the engine is doing.
+    """
+
+    model: Any
+    processor: Any
+    residency: Residency
+    accelerator: Accelerator
+    reclaimer: Reclaimer
+    sampler: Sampler
+    meter: PeakMeter
+    stepper: Stepper
+    policy: MemoryPolicy
+    context_tokens: int | None = None
+    conversations: Conversations = field(default_factory=Conversations)
+    phase: str = "idle"
+    peaks: dict[str, int] | None = None
+    tokens_per_second: float | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    def enter(self, phase: str, peaks: dict[str, int] | None = None) -> None:
+        """Begin a phase; its peak is written to ``peaks`` when the next one begins."""
+        self.phase, self.peaks = phase, peaks
+        self.meter.enter(None if phase == "idle" else phase, peaks)
+
+    def event(
+        self, kind: EventKind, subject: str, *, nbytes: int | None = None, seconds: float | None = None, why: str = ""
+    ) -> Event:
+        """Record an event that has just happened."""
+        return self.event_of(Event(time.time(), kind, subject, nbytes, seconds, why))
+
+    def event_of(self, event: Event) -> Event:
+        self.sampler.record(event)
+        return event
+
+    def check_budget(self) -> None:
+        """Raises:
+        OutOfMemoryError: the process is over the policy's budget.
+        """
+        if self.policy.budget is None:
+            return
+        headroom = self.accelerator.headroom()
+        if headroom < 0:
+            raise OutOfMemoryError(self.phase, -headroom, 0)

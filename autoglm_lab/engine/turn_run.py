@@ -1,0 +1,223 @@
+"""One turn on the local engine: from messages to the answer, one step at a time."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from autoglm_lab.engine.answer import AnswerReader
+from autoglm_lab.engine.conversation import Conversation
+from autoglm_lab.engine.live import LiveSound
+from autoglm_lab.engine.messages import Message, TextPart
+from autoglm_lab.engine.prompt import Prompt, render
+from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timings, Turn, Usage
+from autoglm_lab.engine.recovery import recovering
+from autoglm_lab.engine.state import EngineState
+from autoglm_lab.engine.step import Chooser, reusable_tokens
+from autoglm_lab.errors import ContextLimitError, LabError
+from autoglm_lab.policy import GenerationPolicy, KvPolicy
+
+
+class TurnRun:
+    """A turn under way. The engine's thread calls `steps`; other threads only set ``cancelled``.
+
+    Args:
+        messages: what is new in this turn.
+        settings: how the answer is sampled.
+    """
+
+    def __init__(
+        self,
+        state: EngineState,
+        turn: Turn,
+        conversation: Conversation,
+        messages: tuple[Message, ...],
+        settings: GenerationPolicy,
+    ) -> None:
+        self.turn, self.conversation, self.messages, self.settings = turn, conversation, messages, settings
+        self.cancelled = False
+        self.sound: LiveSound | None = None
+        self.live: dict[str, Any] = {}
+        self._state = state
+        self._submitted = time.monotonic()
+        self._first_token: float | None = None
+        self._peaks: dict[str, int] = {}
+
+    def start_clock(self) -> None:
+        """Time to the first token counts from now: for a live turn, from the moment the question is closed."""
+        self._submitted = time.monotonic()
+
+    def steps(self) -> Iterator[None]:
+        """Run the turn; every ``next`` is one forward. The turn is finished, or failed, when this ends."""
+        try:
+            answer = yield from self._answer()
+        except Exception as error:
+            self._state.enter("idle")
+            self.conversation.busy = False
+            self.turn.fail(_without_frames(error))
+        else:
+            self._state.enter("idle")
+            self.conversation.busy = False
+            self.turn.emit(answer)
+
+    def withdraw(self) -> None:
+        """Finish a turn that was cancelled before it began."""
+        self.turn.emit(self._finished("", "", "cancelled", None, 0, 0))
+
+    def _answer(self) -> Iterator[None]:
+        state, conversation = self._state, self.conversation
+        if not state.policy.kv.reuse:
+            conversation.kv.clear()
+        history, prompt, limit = self._fit()
+        start = reusable_tokens(conversation.kv, prompt)
+        self._wake(prompt, start)
+        state.enter("prefill", self._peaks)
+        logits = recovering(
+            state, "prefill", conversation, lambda: state.stepper.prefill(conversation.kv, prompt, start)
+        )
+        yield
+        conversation.reused_share = start / len(prompt.ids)
+        eos = _eos(state) if self.settings.eos else ()
+        chooser = Chooser(self.settings, prompt.ids, eos, state.model.device)
+        reader = AnswerReader(state.tokenizer, prompt.ids)
+        count, reason = 0, "length"
+        state.enter("decode", self._peaks)
+        while True:
+            token = chooser.choose(logits)
+            count += 1
+            self._first_token = self._first_token or time.monotonic()
+            if token in eos:
+                reason = "stop"
+                break
+            for delta in reader.feed(token):
+                self.turn.emit(delta)
+            if count >= limit:
+                break
+            if self.cancelled:
+                reason = "cancelled"
+                break
+            state.enter("decode", self._peaks)
+            logits = recovering(
+                state, "decode", conversation, lambda token=token: state.stepper.decode(conversation.kv, token)
+            )
+            if count > 1:
+                state.tokens_per_second = (count - 1) / (time.monotonic() - self._first_token)
+            yield
+        for delta in reader.finish():
+            self.turn.emit(delta)
+        spoken = Message("assistant", (TextPart(reader.text),))
+        conversation.messages = (*history, *self.messages, spoken)
+        state.enter("idle")
+        return self._finished(reader.text, reader.reasoning, reason, prompt, start, count)
+
+    def _fit(self) -> tuple[tuple[Message, ...], Prompt, int]:
+        """The history that fits, the prompt, and how many tokens the answer may have.
+
+        Raises:
+            ContextLimitError: it does not fit, and the policy does not allow to drop turns or there is none left.
+        """
+        state, kv = self._state, self._state.policy.kv
+        history, dropped = self.conversation.messages, 0
+        while True:
+            prompt = render(
+                state.model,
+                state.processor,
+                (*history, *self.messages),
+                thinking=self.settings.thinking,
+                live=self.live,
+            )
+            limit = min(kv.max_tokens or _NO_LIMIT, state.context_tokens or _NO_LIMIT)
+            wanted = self.settings.max_new_tokens
+            room = limit - len(prompt.ids)
+            enough = wanted if kv.overflow == "refuse" else min(wanted, limit // 4)
+            if room >= enough or (kv.overflow == "stop" and room > 0):
+                break
+            shorter = _without_oldest_turn(history) if kv.overflow == "drop-oldest-turns" else None
+            if shorter is None:
+                if room > 0 and kv.overflow == "drop-oldest-turns":
+                    break
+                raise ContextLimitError(_too_long(len(prompt.ids), wanted, limit, kv))
+            history, dropped = shorter, dropped + 1
+        if dropped:
+            self._tell(state.event("dropped", f"{dropped} oldest turn(s) of '{self.conversation.name}'", why="KV limit"))
+        return history, prompt, min(wanted, room)
+
+    def _wake(self, prompt: Prompt, start: int) -> None:
+        """Wake the modules that this prompt needs from token ``start`` on."""
+        state = self._state
+        needs = [name for name in state.residency if name not in ("vision", "audio")]
+        if prompt.runs_from(start, "image") and "vision" in state.residency:
+            needs.append("vision")
+        if any(run.digest not in prompt.live for run in prompt.runs_from(start, "audio")) and "audio" in state.residency:
+            needs.append("audio")
+        state.enter("load", self._peaks)
+        events = recovering(
+            state, "load", self.conversation, lambda: state.residency.ensure(needs, f"turn of '{self.conversation.name}'")
+        )
+        for event in events:
+            self._tell(state.event_of(event))
+
+    def _tell(self, event: Any) -> None:
+        self.turn.emit(MemoryEvent(event))
+
+    def _finished(
+        self, text: str, reasoning: str, reason: FinishReason, prompt: Prompt | None, cached: int, count: int
+    ) -> Answer:
+        now = time.monotonic()
+        first = self._first_token
+        usage = Usage(
+            prompt_tokens=len(prompt.ids) if prompt else 0,
+            cached_tokens=cached,
+            completion_tokens=count,
+            image_tokens=prompt.tokens_of("image") if prompt else 0,
+            audio_tokens=prompt.tokens_of("audio") if prompt else 0,
+        )
+        timings = Timings(
+            first_token=None if first is None else first - self._submitted,
+            total=now - self._submitted,
+            tokens_per_second=(count - 1) / (now - first) if first is not None and count > 1 else None,
+        )
+        return Answer(text, reasoning, reason, usage, timings, dict(self._peaks), self.conversation.name)
+
+
+_NO_LIMIT = 1 << 60
+
+
+def _without_frames(error: Exception) -> Exception:
+    """The error without its frames, which would keep the failed step's tensors alive; a bug's frames stay as text."""
+    if not isinstance(error, LabError):
+        error.add_note("".join(traceback.format_exception(error)))
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
+def _without_oldest_turn(history: tuple[Message, ...]) -> tuple[Message, ...] | None:
+    """``history`` less its first user message and what answers it; the system prompt stays. None: nothing to drop."""
+    users = [index for index, message in enumerate(history) if message.role == "user"]
+    if not users:
+        return None
+    end = users[1] if len(users) > 1 else len(history)
+    return history[: users[0]] + history[end:]
+
+
+def _too_long(prompt: int, wanted: int, limit: int, kv: KvPolicy) -> str:
+    source = "kv.max_tokens" if kv.max_tokens == limit else "the model's context"
+    advice = {
+        "stop": "start a new conversation, shorten the prompt, or set kv.overflow to 'drop-oldest-turns'",
+        "refuse": "lower generation.max_new_tokens, or set kv.overflow to 'stop' or 'drop-oldest-turns'",
+        "drop-oldest-turns": "there is no older turn left to drop: shorten the prompt",
+    }[kv.overflow]
+    raised = f" or raise kv.max_tokens above {prompt + wanted}" if source == "kv.max_tokens" else ""
+    return (
+        f"the prompt has {prompt:,} tokens and the answer may have {wanted:,}, but {source} allows {limit:,} together: "
+        f"{advice}{raised}"
+    )
+
+
+def _eos(state: EngineState) -> tuple[int, ...]:
+    ids = getattr(state.model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = state.tokenizer.eos_token_id
+    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)

@@ -1,0 +1,90 @@
+"""Every error the package raises on purpose.
+
+::
+
+    LabError
+    ├── PolicyError (ValueError)         a setting that does not exist or cannot be
+    ├── LoadError                        a model that cannot be loaded, and what would help
+    ├── ModuleError                      a module that does not exist or cannot be moved
+    │   └── ModuleOffError               a request needs a module that the policy switched off
+    ├── MediaError (ValueError)          an image or a sound that cannot be read
+    ├── MessageError (ValueError)        messages that are not a conversation
+    ├── ConversationError                a conversation that is unknown or busy
+    ├── ContextLimitError                the prompt does not fit the model or the KV limit
+    ├── OutOfMemoryError                 a phase did not fit: needed, had, and settings that would fit
+    └── EngineClosedError                the engine was closed
+
+A message says what was asked, what there is, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autoglm_lab.units import format_bytes
+
+
+class LabError(Exception):
+    """The root of the package's errors."""
+
+
+class PolicyError(LabError, ValueError):
+    """A setting that does not exist or cannot be."""
+
+
+class LoadError(LabError):
+    """A model that cannot be loaded."""
+
+
+class ModuleError(LabError):
+    """A module that does not exist, or cannot be moved now."""
+
+
+class ModuleOffError(ModuleError):
+    """A request needs a module that the policy switched off."""
+
+    def __init__(self, module: str, needed_for: str) -> None:
+        self.module = module
+        super().__init__(
+            f"this request needs the module '{module}' ({needed_for}), which the policy keeps off: "
+            f"set modules.{module}.residency to 'keep' or 'on-demand', "
+            f"for example wb.policy = wb.policy.replace(modules={{'{module}': 'on-demand'}})"
+        )
+
+
+class MediaError(LabError, ValueError):
+    """An image or a sound that cannot be read."""
+
+
+class MessageError(LabError, ValueError):
+    """Messages that are not a conversation."""
+
+
+class ConversationError(LabError):
+    """A conversation that is unknown, or busy with another turn."""
+
+
+class ContextLimitError(LabError):
+    """The prompt does not fit the model's context or the KV limit of the policy."""
+
+
+class OutOfMemoryError(LabError):
+    """A phase did not fit into memory, also after everything the policy allows was freed.
+
+    Attributes:
+        phase: what the engine was doing (``load``, ``encode``, ``prefill``, ``decode``).
+        needed: bytes asked for, or None where the allocator did not say.
+        had: bytes that were free.
+        remedies: settings that would free memory, most effective first.
+    """
+
+    def __init__(self, phase: str, needed: int | None, had: int | None, remedies: Sequence[str] = ()) -> None:
+        self.phase, self.needed, self.had, self.remedies = phase, needed, had, tuple(remedies)
+        advice = "; ".join(self.remedies) or "nothing in the policy would free more: use a smaller input or model"
+        super().__init__(
+            f"out of memory in {phase}: needed {format_bytes(needed)}, had {format_bytes(had)}. What would help: {advice}"
+        )
+
+
+class EngineClosedError(LabError):
+    """The engine was closed; load the model again."""

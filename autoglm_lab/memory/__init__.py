@@ -1,0 +1,1 @@
+"""What measures and moves bytes. Knows torch; knows nothing of chat or widgets."""

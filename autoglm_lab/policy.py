@@ -1,0 +1,235 @@
+"""`MemoryPolicy`: every setting a person can turn, in one validated value object.
+
+A widget edits it, a YAML file holds it, the command line reads it, the engine obeys it. It never changes in place:
+`replace` gives a new one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from autoglm_lab.errors import PolicyError
+from autoglm_lab.units import parse_bytes
+
+
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads a bare ``off`` as False."""
+    return "off" if value is False else value
+
+
+Residency = Annotated[Literal["keep", "on-demand", "off"], BeforeValidator(_off)]
+Overflow = Literal["stop", "drop-oldest-turns", "refuse"]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModulePolicy(_Part):
+    """Where one module's weights may be.
+
+    Attributes:
+        residency: ``keep`` on the device; ``on-demand``: woken when a request needs it; ``off``: parked, and a request
+            that needs it is refused. Default ``keep``.
+        park_to: ``host`` (pinned memory), ``disk`` (memory-mapped safetensors) or ``auto``: host beside a GPU, disk
+            where the device is the host. Default ``auto``.
+        keep_alive: seconds that an on-demand module stays after its last use. Default 30.
+    """
+
+    residency: Residency = "keep"
+    park_to: Literal["auto", "host", "disk"] = "auto"
+    keep_alive: float = Field(30.0, ge=0)
+
+
+class KvPolicy(_Part):
+    """How much of a conversation's keys and values may be kept.
+
+    Attributes:
+        max_tokens: most tokens of one conversation, prompt and answer together; None: the model's own limit.
+        overflow: at the limit, ``stop`` ends the answer (finish reason ``length``), ``drop-oldest-turns`` forgets the
+            oldest turns (never the system prompt nor the current turn) and prefills the rest anew at its new positions,
+            ``refuse`` raises `ContextLimitError` before the prompt is read. Default ``stop``.
+        reuse: keep the KV of a conversation between its turns. Default True.
+        max_conversations: KV is kept for at most this many conversations, least recently used dropped first.
+    """
+
+    max_tokens: int | None = Field(None, ge=16)
+    overflow: Overflow = "stop"
+    reuse: bool = True
+    max_conversations: int = Field(8, ge=1)
+
+
+class ReclaimPolicy(_Part):
+    """When memory that is cached but unused goes back to the system.
+
+    Attributes:
+        every_answers: after this many answers; None: never by count. Default 10, the article's.
+        cached_share: when the allocator's unused cache passes this share of the device, 0 to 1; None: never by share.
+        traceback: also clear what Jupyter keeps alive through the last traceback. Default False.
+    """
+
+    every_answers: int | None = Field(10, ge=1)
+    cached_share: float | None = Field(0.2, gt=0, le=1)
+    traceback: bool = False
+
+
+class GenerationPolicy(_Part):
+    """How an answer is sampled, in transformers' own terms. ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    eos: bool = True
+    thinking: bool = False
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _minimum_below_maximum(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} is more than max_new_tokens {self.max_new_tokens}")
+        return self
+
+
+class MemoryPolicy(_Part):
+    """Every setting of the workbench, in one value.
+
+    Attributes:
+        modules: by module name; a module that is not named is kept. A bare residency is accepted:
+            ``{"vision": "on-demand"}``.
+        kv: limits of the KV cache.
+        reclaim: when unused memory is given back.
+        generation: sampling of answers.
+        budget: bytes the process may use on the device, its context included; an int or text such as ``"24GiB"``;
+            None: the whole device.
+
+    Example:
+        >>> MemoryPolicy(modules={"audio": "off"}, budget="24GiB").budget
+        25769803776
+    """
+
+    modules: dict[str, ModulePolicy] = Field(default_factory=dict)
+    kv: KvPolicy = KvPolicy()
+    reclaim: ReclaimPolicy = ReclaimPolicy()
+    generation: GenerationPolicy = GenerationPolicy()
+    budget: Bytes | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        """Validate ``settings``.
+
+        Raises:
+            PolicyError: a setting does not exist or its value cannot be; the message names the valid ones.
+        """
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise PolicyError(_explain(error)) from None
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _bare_residency(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: _residency_or_part(part) for name, part in value.items()}
+
+    def module(self, name: str) -> ModulePolicy:
+        """The settings of one module; the defaults where the policy does not name it."""
+        return self.modules.get(name, ModulePolicy())
+
+    def replace(self, **changes: Any) -> MemoryPolicy:
+        """A new policy with ``changes`` merged in, part by part.
+
+        Raises:
+            PolicyError: as the constructor.
+        """
+        return MemoryPolicy(**_merge(self.model_dump(), changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults: short to read, and complete."""
+        settings: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)
+        return settings
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True) if self.to_dict() else "{}\n"
+
+    def to_python(self) -> str:
+        """The statement that sets this policy on a workbench named ``wb``."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items())
+        return f"wb.policy = lab.MemoryPolicy({arguments})"
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> MemoryPolicy:
+        if not isinstance(settings, Mapping):
+            raise PolicyError(f"a policy is a mapping of settings, not {type(settings).__name__}; {_valid(cls)}")
+        return cls(**settings)
+
+    @classmethod
+    def from_json(cls, text: str) -> MemoryPolicy:
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"the policy is not JSON: {error}") from None
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> MemoryPolicy:
+        """From YAML text, or from a file when ``source`` is a `Path`."""
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise PolicyError(f"the policy is not YAML: {error}") from None
+        return cls.from_dict({} if settings is None else settings)
+
+
+def _residency_or_part(value: Any) -> Any:
+    return {"residency": value} if isinstance(value, str | bool) else value
+
+
+def _merge(old: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for name, value in changes.items():
+        if isinstance(value, BaseModel):
+            value = value.model_dump()
+        if name == "modules" and isinstance(value, Mapping):
+            value = {key: _residency_or_part(part) for key, part in value.items()}
+        before = merged.get(name)
+        merged[name] = _merge(before, value) if isinstance(before, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(_explain_one(dict(problem)) for problem in error.errors())
+
+
+def _explain_one(problem: dict[str, Any]) -> str:
+    path = [str(step) for step in problem["loc"]]
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"there is no setting '{where}'; {_valid(_part_at(path[:-1]))}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{where or 'policy'}: {message} (got {problem['input']!r})"
+
+
+def _part_at(path: list[str]) -> type[BaseModel]:
+    parts: dict[str, type[BaseModel]] = {
+        "kv": KvPolicy,
+        "reclaim": ReclaimPolicy,
+        "generation": GenerationPolicy,
+        "modules": ModulePolicy,
+    }
+    return parts[path[0]] if path else MemoryPolicy
+
+
+def _valid(part: type[BaseModel]) -> str:
+    return f"valid settings are {', '.join(part.model_fields)}"
