@@ -81,9 +81,8 @@ class OutOfMemoryError(LabError):
     def __init__(self, phase: str, needed: int | None, had: int | None, remedies: Sequence[str] = ()) -> None:
         self.phase, self.needed, self.had, self.remedies = phase, needed, had, tuple(remedies)
         advice = "; ".join(self.remedies) or "nothing in the policy would free more: use a smaller input or model"
-        super().__init__(
-            f"out of memory in {phase}: needed {format_bytes(needed)}, had {format_bytes(had)}. What would help: {advice}"
-        )
+        figures = f"needed {format_bytes(needed)}, had {format_bytes(had)}"
+        super().__init__(f"out of memory in {phase}: {figures}. What would help: {advice}")
 
 
 class EngineClosedError(LabError):

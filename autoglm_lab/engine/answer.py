@@ -7,6 +7,8 @@ from typing import Any
 
 from autoglm_lab.engine.protocol import ReasoningDelta, TextDelta
 
+# A character takes at most four bytes, hence four tokens: what is longer is no half character.
+_LONGEST = 4
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -30,6 +32,7 @@ class AnswerReader:
         self._thinking = last == "<think>"
         self._pending: list[int] = []
         self._shown = 0
+        self._held = 0
         self.text = ""
         self.reasoning = ""
 
@@ -50,8 +53,10 @@ class AnswerReader:
 
     def _show(self, *, flush: bool) -> list[TextDelta | ReasoningDelta]:
         whole = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-        if not flush and whole.endswith("\ufffd"):
+        self._held += 1
+        if not flush and whole.endswith("\ufffd") and self._held < _LONGEST:
             return []
+        self._held = 0
         piece = whole[self._shown :]
         self._shown = len(whole)
         if len(self._pending) > 64 and not flush:

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +21,14 @@ from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleIn
 from autoglm_lab.engine.recovery import evict
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.turn_run import TurnRun
-from autoglm_lab.errors import ConversationError, EngineClosedError, MessageError, ModuleError, ModuleOffError, PolicyError
+from autoglm_lab.errors import (
+    ConversationError,
+    EngineClosedError,
+    MessageError,
+    ModuleError,
+    ModuleOffError,
+    PolicyError,
+)
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
@@ -116,7 +123,8 @@ class LocalEngine:
         read = read_messages(messages) if messages or not live else ()
         settings = self._settings(options)
         self._check_media(read, live)
-        turn = Turn(conversation, cancel=self._cancel, feed=self._feed if live else None, ask=self._ask if live else None)
+        feed, ask = (self._feed, self._ask) if live else (None, None)
+        turn = Turn(conversation, cancel=self._cancel, feed=feed, ask=ask)
         self._post(lambda: self._begin(turn, read, settings, live))
         return turn
 
@@ -127,21 +135,18 @@ class LocalEngine:
             PolicyError: it names a module that this model does not have.
             ModuleError: a module could not be moved; the policy stays as it was.
         """
-        unknown = [name for name in policy.modules if name not in self._state.residency]
-        if unknown:
-            known = ", ".join(self._state.residency)
-            raise PolicyError(f"this model has no module '{unknown[0]}'; its modules are {known}")
+        check_modules(policy, self._state.residency)
         self._call(lambda: self._apply(policy))
 
     def park(self, module: str, place: Literal["auto", "host", "disk"] = "auto") -> Event:
         """Move a module off the device. A request that needs it wakes it, unless the policy keeps it off."""
         self._known(module)
-        return self._call(lambda: self._state.event_of(self._state.residency[module].park(place, why="asked")))
+        return self._call(lambda: self._state.residency[module].park(place, why="asked"))
 
     def wake(self, module: str) -> Event:
         """Move a module onto the device."""
         self._known(module)
-        return self._call(lambda: self._state.event_of(self._state.residency[module].wake(why="asked")))
+        return self._call(lambda: self._state.residency[module].wake(why="asked"))
 
     def reclaim(self) -> Event:
         """Give unused memory back to the system. The event's bytes are what was really given back."""
@@ -198,7 +203,7 @@ class LocalEngine:
 
     # what only the engine's thread does
 
-    def _work(self) -> None:
+    def work(self) -> None:
         """One round: begin turns that can begin, one step of the next turn, and what is due."""
         for run in tuple(self._waiting):
             if run.cancelled:
@@ -212,17 +217,16 @@ class LocalEngine:
         if self._running:
             run, steps = self._running.popleft()
             if next(steps, _DONE) is _DONE:
-                self._after(run)
+                self._after()
             else:
                 self._running.append((run, steps))
         now = time.monotonic()
         if now - self._ticked >= _TICK:
             self._ticked = now
-            for event in self._state.residency.tick(now):
-                self._state.event_of(event)
+            self._state.residency.tick(time.time())
 
     @property
-    def _has_work(self) -> bool:
+    def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
     def _begin(self, turn: Turn, messages: tuple[Message, ...], settings: GenerationPolicy, live: bool) -> None:
@@ -234,26 +238,25 @@ class LocalEngine:
         else:
             self._waiting.append(run)
 
-    def _after(self, run: TurnRun) -> None:
+    def _after(self) -> None:
         state = self._state
         self._answers += 1
         for conversation in state.conversations.idle_by_age()[: -state.policy.kv.max_conversations]:
             evict(state, conversation, f"more than kv.max_conversations = {state.policy.kv.max_conversations}")
         why = state.reclaimer.due(self._answers, self.ledger(), state.policy.reclaim)
         if why and not self._running:
-            state.event_of(state.reclaimer.reclaim(why))
+            self._answers = 0
+            state.event_of(state.reclaimer.reclaim(why, clear_traceback=state.policy.reclaim.traceback))
 
     def _apply(self, policy: MemoryPolicy) -> None:
         state, before = self._state, self._state.policy
         state.accelerator.set_budget(policy.budget)
         try:
-            events = state.residency.apply(policy)
+            state.residency.apply(policy)
         except Exception:
             state.accelerator.set_budget(before.budget)
             raise
         state.policy = policy
-        for event in events:
-            state.event_of(event)
         if policy.budget != before.budget:
             state.event("budget", "the process" if policy.budget else "none: the whole device", nbytes=policy.budget)
         for part in ("kv", "reclaim", "generation"):
@@ -315,7 +318,15 @@ class LocalEngine:
 
     def _known(self, module: str) -> None:
         if module not in self._state.residency:
-            raise ModuleError(f"this model has no module '{module}'; its modules are {', '.join(self._state.residency)}")
+            known = ", ".join(self._state.residency)
+            raise ModuleError(f"this model has no module '{module}'; its modules are {known}")
+
+
+def check_modules(policy: MemoryPolicy, modules: Collection[str]) -> None:
+    """Raise `PolicyError` where the policy names a module that is not one of ``modules``."""
+    unknown = [name for name in policy.modules if name not in modules]
+    if unknown:
+        raise PolicyError(f"this model has no module '{unknown[0]}'; its modules are {', '.join(modules)}")
 
 
 _DONE = object()
@@ -340,14 +351,14 @@ def _serve(
             run, future = command
             try:
                 future.set_result(run())
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the command gets it
                 future.set_exception(error)
             del run, future
             command = _IDLE
             busy = True
         else:
-            engine._work()
-            busy = engine._has_work
+            engine.work()
+            busy = engine.has_work
         del engine
 
 
@@ -358,9 +369,9 @@ def _cancel_rest(engine: LocalEngine | None) -> None:
     """Finish every turn under way, so that nobody waits for ever."""
     if engine is None:
         return
-    while engine._has_work:
+    while engine.has_work:
         engine.stop()
-        engine._work()
+        engine.work()
 
 
 def _close(state: EngineState, book: LedgerBook) -> None:

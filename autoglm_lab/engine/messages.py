@@ -1,8 +1,8 @@
 """OpenAI-style messages in: text, images and sounds read, checked and brought to what a processor takes.
 
 Content parts: ``{"type": "text", "text": …}``, ``{"type": "image", "image": PIL | path | bytes}``,
-``{"type": "audio", "audio": samples | path | bytes}`` and OpenAI's own ``image_url`` and ``input_audio`` with data URIs.
-Nothing is fetched from the network.
+``{"type": "audio", "audio": samples | path | bytes}`` and OpenAI's own ``image_url`` and ``input_audio`` with data
+URIs. Nothing is fetched from the network.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class TextPart:
+    """Text of a message."""
+
     text: str
 
 
@@ -67,6 +69,8 @@ Part = TextPart | ImagePart | AudioPart
 
 @dataclass(frozen=True)
 class Message:
+    """What one side said, with its media in place."""
+
     role: Literal["system", "user", "assistant"]
     parts: tuple[Part, ...]
 
@@ -93,7 +97,7 @@ def read_messages(raw: Sequence[Mapping[str, Any]], limits: Limits | None = None
     return tuple(_read_message(message, limits or Limits()) for message in raw)
 
 
-def media(messages: Sequence[Message], kind: type[ImagePart] | type[AudioPart]) -> list[Any]:
+def media(messages: Sequence[Message], kind: type[ImagePart | AudioPart]) -> list[Any]:
     """Every image or sound of a dialogue, in order."""
     return [part for message in messages for part in message.parts if isinstance(part, kind)]
 

@@ -1,4 +1,4 @@
-"""A dialogue as the model reads it: token ids, bidirectional blocks, media in place; and what of it a cache still holds."""
+"""A dialogue as the model reads it: ids, bidirectional blocks, media in place; and what of it a cache still holds."""
 
 from __future__ import annotations
 
@@ -161,7 +161,8 @@ def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
 
 def _runs(config: Any, ids: Sequence[int], messages: Sequence[Message]) -> tuple[MediaRun, ...]:
     runs: list[MediaRun] = []
-    for kind, part in (("image", ImagePart), ("audio", AudioPart)):
+    parts: dict[MediaKind, type[ImagePart | AudioPart]] = {"image": ImagePart, "audio": AudioPart}
+    for kind, part in parts.items():
         digests = [medium.digest for medium in media(messages, part)]
         token = next((getattr(config, name) for name in _PLACEHOLDERS[kind] if hasattr(config, name)), None)
         if not digests:
@@ -172,7 +173,8 @@ def _runs(config: Any, ids: Sequence[int], messages: Sequence[Message]) -> tuple
                 f"the dialogue has {len(digests)} {kind} part(s), but this model's prompt shows {len(spans)}: "
                 f"it may not take {kind} at all; wb.engine.capabilities.modalities lists what it takes"
             )
-        runs += [MediaRun(kind, start, end - start, digest) for (start, end), digest in zip(spans, digests, strict=True)]
+        for (start, end), digest in zip(spans, digests, strict=True):
+            runs.append(MediaRun(kind, start, end - start, digest))
     return tuple(sorted(runs, key=lambda run: run.start))
 
 

@@ -16,8 +16,25 @@ from typing import Any, Literal, Protocol
 from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.memory.module_info import ModuleInfo
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes, format_seconds
+
+__all__ = [
+    "Answer",
+    "Capabilities",
+    "ConversationInfo",
+    "Engine",
+    "FinishReason",
+    "MemoryEvent",
+    "ModuleInfo",
+    "ReasoningDelta",
+    "TextDelta",
+    "Timings",
+    "Turn",
+    "TurnEvent",
+    "Usage",
+]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -110,7 +127,7 @@ class Answer:
         from IPython.core.getipython import get_ipython
         from IPython.display import display
 
-        shell = get_ipython()  # type: ignore[no-untyped-call]
+        shell = get_ipython()
         if shell is None or getattr(self, "_shown_in", None) != shell.execution_count:
             display({"text/plain": f"{self.text}\n{self.figures}"}, raw=True)  # type: ignore[no-untyped-call]
 
@@ -222,7 +239,8 @@ class Turn:
         seen = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._events) > seen or self._finished)
+                while len(self._events) <= seen and not self._finished:
+                    self._changed.wait()
                 events, finished, error = self._events[seen:], self._finished, self._error
             yield from events
             seen += len(events)
@@ -296,23 +314,6 @@ class ConversationInfo:
     kv_bytes: int
     busy: bool
     reused_share: float | None = None
-
-
-@dataclass(frozen=True)
-class ModuleInfo:
-    """A module as the dashboard lists it.
-
-    Attributes:
-        place: where its weights are now; ``moving`` while they are under way.
-        nbytes: bytes of its weights when on the device.
-        last_event: the last wake or park, None before the first.
-    """
-
-    name: str
-    place: Literal["device", "host", "disk", "moving"]
-    nbytes: int
-    dtype: str
-    last_event: Event | None = None
 
 
 @dataclass(frozen=True)

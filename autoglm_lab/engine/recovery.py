@@ -51,7 +51,10 @@ def free_all(state: EngineState, own: Conversation | None) -> None:
     for conversation in state.conversations.idle_by_age():
         if conversation is not own:
             evict(state, conversation, "memory ran out")
-    state.residency.park_idle(why="memory ran out")
+    for name, module in state.residency.items():
+        on_demand = state.policy.module(name).residency == "on-demand"
+        if on_demand and module.place == "device" and name not in state.in_use:
+            module.park(state.policy.module(name).park_to, "memory ran out")
     state.event_of(state.reclaimer.reclaim("memory ran out"))
 
 

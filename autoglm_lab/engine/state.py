@@ -1,4 +1,4 @@
-"""What one local engine works with: the model, its memory and its conversations. Only the engine's thread changes it."""
+"""What one local engine works with: model, memory and conversations. Only the engine's thread changes it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ class EngineState:
     Attributes:
         context_tokens: the longest dialogue the model takes; None: not stated.
         phase: what the engine is doing.
+        peaks: where the peaks of the phase under way go.
+        in_use: the modules that the step under way needs.
+        tokens_per_second: decoding speed of the last turn that decoded.
     """
 
     model: Any
@@ -40,6 +43,7 @@ class EngineState:
     conversations: Conversations = field(default_factory=Conversations)
     phase: str = "idle"
     peaks: dict[str, int] | None = None
+    in_use: frozenset[str] = frozenset()
     tokens_per_second: float | None = None
 
     @property

@@ -43,14 +43,14 @@ class KvState:
         self.position_state, self.nbytes = {}, 0
 
     def keep(self, length: int) -> None:
-        """Keep the first ``length`` tokens. Their keys and values move to tensors of their own, so the rest is freed."""
+        """Keep the first ``length`` tokens; their keys and values are copied, so that the rest is really freed."""
         if length == len(self.ids) and length == _cached_tokens(self.cache):
             return
         if length == 0 or self.cache is None or not _croppable(self.cache):
             self.clear()
             return
-        for layer in self.cache.layers:
-            if layer.keys is not None:
+        for layer in _growing_layers(self.cache):
+            if layer.keys is not None and layer.values is not None:
                 layer.keys = layer.keys[..., :length, :].clone()
                 layer.values = layer.values[..., :length, :].clone()
         self.ids = self.ids[:length]
@@ -60,9 +60,9 @@ class KvState:
 
     def measure(self) -> None:
         """Count the bytes of the keys and values."""
-        layers = [] if self.cache is None else self.cache.layers
-        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None]
-        self.nbytes = sum(tensor.nbytes for tensor in tensors)
+        layers: list[Any] = [] if self.cache is None else self.cache.layers
+        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def reusable_tokens(state: KvState, prompt: Prompt) -> int:
@@ -132,9 +132,7 @@ class Stepper:
             state.keep(before)
             raise
         state.position_state = {
-            index: module.rope_deltas
-            for index, module in enumerate(self._positioned)
-            if module.rope_deltas is not None
+            index: module.rope_deltas for index, module in enumerate(self._positioned) if module.rope_deltas is not None
         }
         state.ids.extend(ids)
         state.measure()
@@ -168,7 +166,9 @@ class Chooser:
     @torch.no_grad()
     def choose(self, logits: torch.Tensor) -> int:
         """The next token from logits ``[vocab]``."""
-        scores = self._processors(self._ids, logits[None]) if self._processors else logits[None]
+        scores = logits[None]
+        for processor in self._processors:
+            scores = processor(self._ids, scores)
         if self._sampled:
             chosen = torch.multinomial(scores.softmax(-1), 1, generator=self._random)
         else:
@@ -194,8 +194,13 @@ def _live_audio(model: Any, prompt: Prompt, start: int, arguments: dict[str, Any
     return {"mm_encoder_outputs": {"audio": BaseModelOutputWithPooling(pooler_output=torch.cat(parts))}}
 
 
+def _growing_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers that keep every token; sliding and recurrent ones, which forget, are left out."""
+    return [layer for layer in cache.layers if type(layer) is DynamicLayer]
+
+
 def _croppable(cache: DynamicCache) -> bool:
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return len(_growing_layers(cache)) == len(cache.layers)
 
 
 def _cached_tokens(cache: DynamicCache | None) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
+
+import torch
 
 from autoglm_lab.engine.answer import AnswerReader
 from autoglm_lab.engine.conversation import Conversation
@@ -49,11 +51,11 @@ class TurnRun:
         """Time to the first token counts from now: for a live turn, from the moment the question is closed."""
         self._submitted = time.monotonic()
 
-    def steps(self) -> Iterator[None]:
+    def steps(self) -> Generator[None]:
         """Run the turn; every ``next`` is one forward. The turn is finished, or failed, when this ends."""
         try:
             answer = yield from self._answer()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whoever waits for the turn gets it
             self._state.enter("idle")
             self.conversation.busy = False
             self.turn.fail(_without_frames(error))
@@ -66,7 +68,7 @@ class TurnRun:
         """Finish a turn that was cancelled before it began."""
         self.turn.emit(self._finished("", "", "cancelled", None, 0, 0))
 
-    def _answer(self) -> Iterator[None]:
+    def _answer(self) -> Generator[None, None, Answer]:
         state, conversation = self._state, self.conversation
         if not state.policy.kv.reuse:
             conversation.kv.clear()
@@ -82,7 +84,8 @@ class TurnRun:
         eos = _eos(state) if self.settings.eos else ()
         chooser = Chooser(self.settings, prompt.ids, eos, state.model.device)
         reader = AnswerReader(state.tokenizer, prompt.ids)
-        count, reason = 0, "length"
+        count = 0
+        reason: FinishReason = "length"
         state.enter("decode", self._peaks)
         while True:
             token = chooser.choose(logits)
@@ -99,9 +102,7 @@ class TurnRun:
                 reason = "cancelled"
                 break
             state.enter("decode", self._peaks)
-            logits = recovering(
-                state, "decode", conversation, lambda token=token: state.stepper.decode(conversation.kv, token)
-            )
+            logits = self._read(token)
             if count > 1:
                 state.tokens_per_second = (count - 1) / (time.monotonic() - self._first_token)
             yield
@@ -111,6 +112,10 @@ class TurnRun:
         conversation.messages = (*history, *self.messages, spoken)
         state.enter("idle")
         return self._finished(reader.text, reader.reasoning, reason, prompt, start, count)
+
+    def _read(self, token: int) -> torch.Tensor:
+        state, kv = self._state, self.conversation.kv
+        return recovering(state, "decode", self.conversation, lambda: state.stepper.decode(kv, token))
 
     def _fit(self) -> tuple[tuple[Message, ...], Prompt, int]:
         """The history that fits, the prompt, and how many tokens the answer may have.
@@ -141,7 +146,8 @@ class TurnRun:
                 raise ContextLimitError(_too_long(len(prompt.ids), wanted, limit, kv))
             history, dropped = shorter, dropped + 1
         if dropped:
-            self._tell(state.event("dropped", f"{dropped} oldest turn(s) of '{self.conversation.name}'", why="KV limit"))
+            subject = f"{dropped} oldest turn(s) of '{self.conversation.name}'"
+            self._tell(state.event("dropped", subject, why="KV limit"))
         return history, prompt, min(wanted, room)
 
     def _wake(self, prompt: Prompt, start: int) -> None:
@@ -150,14 +156,15 @@ class TurnRun:
         needs = [name for name in state.residency if name not in ("vision", "audio")]
         if prompt.runs_from(start, "image") and "vision" in state.residency:
             needs.append("vision")
-        if any(run.digest not in prompt.live for run in prompt.runs_from(start, "audio")) and "audio" in state.residency:
+        heard = [run for run in prompt.runs_from(start, "audio") if run.digest not in prompt.live]
+        if heard and "audio" in state.residency:
             needs.append("audio")
+        why = f"a turn of '{self.conversation.name}'"
+        state.in_use = frozenset(needs)
         state.enter("load", self._peaks)
-        events = recovering(
-            state, "load", self.conversation, lambda: state.residency.ensure(needs, f"turn of '{self.conversation.name}'")
-        )
+        events = recovering(state, "load", self.conversation, lambda: state.residency.ensure(needs, why))
         for event in events:
-            self._tell(state.event_of(event))
+            self._tell(event)
 
     def _tell(self, event: Any) -> None:
         self.turn.emit(MemoryEvent(event))

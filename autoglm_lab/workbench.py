@@ -1,0 +1,351 @@
+"""`Workbench`: what a person holds. It ties model, memory, engine and widgets together."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from autoglm_lab.engine.local import LocalEngine, check_modules
+from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
+from autoglm_lab.engine.state import EngineState
+from autoglm_lab.engine.step import Stepper
+from autoglm_lab.errors import EngineClosedError, ModuleError
+from autoglm_lab.memory.accelerator import open_accelerator
+from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.ledger import Ledger, LedgerBook
+from autoglm_lab.memory.peak import PeakMeter
+from autoglm_lab.memory.reclaim import Reclaimer
+from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.sampler import Sampler
+from autoglm_lab.models.loading import Resolved, adopt, resolve
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import format_bytes
+
+_open: weakref.WeakSet[Workbench] = weakref.WeakSet()
+
+
+def load(
+    source: str | Path | PreTrainedConfig = "autoglm-tiny",
+    *,
+    policy: MemoryPolicy | None = None,
+    weights: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 0,
+) -> Workbench:
+    """Load a model under memory control.
+
+    Args:
+        source: a preset (``autoglm-tiny``, ``autoglm-article``, ``autoglm-phone-9b``), a folder of safetensors, a hub
+            id whose files are in the local cache, or a configuration object.
+        policy: every setting; None: the defaults.
+        weights: ``"dummy"`` for made-up weights of the true shapes; None: the source's own.
+        dtype: ``auto`` (float32 on a CPU, the file's on a GPU), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
+        seed: of made-up weights.
+
+    Raises:
+        LoadError: the source is unknown or cannot be loaded; the message says what would help.
+        PolicyError: the policy names a module that the model does not have.
+    """
+    # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
+    accelerator = open_accelerator(device)
+    resolved = resolve(source, weights=weights, dtype=dtype, device=accelerator.device, seed=seed)
+    return Workbench(resolved, policy or MemoryPolicy(), accelerator=accelerator)
+
+
+def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolicy | None = None) -> Workbench:
+    """Put the same controls on a transformers model that this process already holds.
+
+    The weights move into memory of our own, module by module; the parameter objects stay the same.
+
+    Raises:
+        LoadError: the model has parameters without values.
+    """
+    accelerator = open_accelerator(model.device)
+    return Workbench(adopt(model, processor, device=model.device), policy or MemoryPolicy(), accelerator=accelerator)
+
+
+class Workbench:
+    """A model, its memory, and everything one can do with them.
+
+    Attributes:
+        model: the plain transformers model.
+        processor: the plain transformers processor, or tokenizer.
+        engine: what answers; see `engine.protocol.Engine`.
+        sampler: ledgers over time, and events.
+    """
+
+    def __init__(self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any) -> None:
+        self.name = resolved.name
+        self.model, self.processor = resolved.model, resolved.processor
+        book = LedgerBook(accelerator)
+        started = time.monotonic()
+        self.sampler = Sampler(_weakly(self))
+        residency = Residency(resolved, accelerator, policy=policy, on_event=self.sampler.record)
+        try:
+            check_modules(policy, residency)
+            accelerator.set_budget(policy.budget)
+            residency.materialise()
+        except BaseException:
+            residency.close()
+            raise
+        book.register(residency)
+        state = EngineState(
+            model=resolved.model,
+            processor=resolved.processor,
+            residency=residency,
+            accelerator=accelerator,
+            reclaimer=Reclaimer(accelerator),
+            sampler=self.sampler,
+            meter=PeakMeter(accelerator.device, lambda: accelerator.reading().process),
+            stepper=Stepper(resolved.model),
+            policy=policy,
+            context_tokens=_context_tokens(resolved.config),
+        )
+        _mark_encoding(residency, state)
+        self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
+        nbytes = sum(module.nbytes for module in residency.values())
+        state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
+        for note in resolved.notes:
+            state.event("note", note)
+        self.sampler.start()
+        weakref.finalize(self, _let_go, self.engine.state)
+        for other in _open:
+            if not other.closed:
+                state.event("note", f"another workbench of this process, '{other.name}', is open: close() frees it")
+        _open.add(self)
+
+    # work
+
+    def chat(
+        self,
+        text: str | None = None,
+        *,
+        image: Any = None,
+        images: Any = (),
+        audio: Any = None,
+        system: str | None = None,
+        conversation: str = "main",
+        live: bool = False,
+        thinking: bool | None = None,
+        **generation: Any,
+    ) -> Turn:
+        """Say something to the model. Returns at once; ``await`` it to stream the answer into the cell.
+
+        Args:
+            image, images: PIL images, paths or bytes; shown before the text.
+            audio: float samples 16 kHz mono, ``(samples, rate)``, a path or bytes; heard before the text.
+            system: a system prompt, for the first turn of a conversation.
+            conversation: which dialogue; a new name begins one.
+            live: leave the question open: `Turn.feed` sound into it, then `Turn.ask`.
+            thinking: let the model think first; None: as the policy says.
+            generation: any setting of ``policy.generation`` for this turn alone.
+
+        Raises:
+            MessageError, MediaError: the input cannot be read.
+            ModuleOffError: it needs a module that the policy keeps off.
+        """
+        media = [*([image] if image is not None else []), *images]
+        content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in media]
+        if audio is not None:
+            content.append({"type": "audio", "audio": audio})
+        if text is not None:
+            content.append({"type": "text", "text": text})
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+        if content or not live:
+            messages.append({"role": "user", "content": content})
+        turn = self.engine.submit(messages, conversation=conversation, live=live, thinking=thinking, **generation)
+        turn.presenter = _present
+        return turn
+
+    # memory
+
+    @property
+    def policy(self) -> MemoryPolicy:
+        """Every setting; assign another policy to change any of them."""
+        return self.engine.policy
+
+    @policy.setter
+    def policy(self, policy: MemoryPolicy | Mapping[str, Any]) -> None:
+        self.engine.set_policy(policy if isinstance(policy, MemoryPolicy) else MemoryPolicy.from_dict(policy))
+
+    @property
+    def memory(self) -> Ledger:
+        """Who owns which bytes of the device, now."""
+        return self.engine.ledger()
+
+    @property
+    def modules(self) -> Modules:
+        """The modules by name: ``wb.modules["audio"].park()``."""
+        return Modules(self.engine)
+
+    @property
+    def conversations(self) -> tuple[ConversationInfo, ...]:
+        return self.engine.conversations()
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened to the memory, oldest first."""
+        return self.sampler.events()
+
+    def reclaim(self) -> Event:
+        """Give unused memory back to the system; the event says how many bytes really went."""
+        return self.engine.reclaim()
+
+    def drop(self, conversation: str) -> None:
+        """Forget a conversation and free its keys and values."""
+        self.engine.drop(conversation)
+
+    def stop(self) -> None:
+        """Stop every answer under way."""
+        self.engine.stop()
+
+    # surfaces
+
+    def dashboard(self, lang: Literal["en", "zh"] = "en") -> Any:
+        """The same with widgets. Needs the extra ``lab``."""
+        from autoglm_lab.widgets.dashboard import Dashboard
+
+        return Dashboard(self, lang=lang)
+
+    @property
+    def closed(self) -> bool:
+        return self.engine.closed
+
+    def close(self) -> None:
+        """Stop, and free everything. The workbench cannot be used afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return f"{self.name} (closed)"
+        return f"{self.name} · {self.engine.capabilities.dtype} · {self.engine.capabilities.where}\n{self.memory}"
+
+    def _repr_html_(self) -> str:
+        if self.closed:
+            return f"<b>{self.name}</b> (closed)"
+        capabilities = self.engine.capabilities
+        return f"<b>{self.name}</b> · {capabilities.dtype} · {capabilities.where}{self.memory._repr_html_()}"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module of a workbench."""
+
+    name: str
+    _engine: LocalEngine
+
+    @property
+    def info(self) -> ModuleInfo:
+        return next(info for info in self._engine.modules() if info.name == self.name)
+
+    def park(self, place: Literal["auto", "host", "disk"] = "auto") -> Event:
+        """Move it off the device; ``auto``: to pinned host memory beside a GPU, else to disk."""
+        return self._engine.park(self.name, place)
+
+    def wake(self) -> Event:
+        """Move it onto the device."""
+        return self._engine.wake(self.name)
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"{info.name}: {format_bytes(info.nbytes)} {info.dtype}, on {info.place}"
+
+
+class Modules(Mapping[str, Module]):
+    """The modules of a workbench, by name."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+
+    def __getitem__(self, name: str) -> Module:
+        if name not in tuple(self):
+            raise ModuleError(f"this model has no module {name!r}; its modules are {', '.join(self)}")
+        return Module(name, self._engine)
+
+    def __iter__(self) -> Iterator[str]:
+        return (info.name for info in self._engine.modules())
+
+    def __len__(self) -> int:
+        return len(self._engine.modules())
+
+    def __repr__(self) -> str:
+        return "\n".join(repr(self[name]) for name in self)
+
+
+def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
+    """Reads the ledger without keeping the workbench alive: the sampler's thread outlives what nobody holds."""
+    reference = weakref.ref(workbench)
+
+    def read() -> Ledger:
+        held = reference()
+        if held is None:
+            raise EngineClosedError("the workbench is gone")
+        return held.engine.ledger()
+
+    return read
+
+
+def _let_go(state: EngineState) -> None:
+    """Free what a workbench held that nobody holds any more."""
+    state.sampler.stop()
+    state.residency.close()
+
+
+async def _present(turn: Turn) -> None:
+    from autoglm_lab.widgets.stream import stream_into_cell
+
+    await stream_into_cell(turn)
+
+
+def _mark_encoding(residency: Residency, state: EngineState) -> None:
+    """Let the engine know when a forward is inside an encoder, so that its peak is told apart from the prefill's."""
+
+    def begin(*_: Any) -> None:
+        if state.phase == "prefill":
+            state.enter("encode", state.peaks)
+
+    def end(*_: Any) -> None:
+        if state.phase == "encode":
+            state.enter("prefill", state.peaks)
+
+    for spec in residency.specs:
+        if spec.name in ("vision", "audio"):
+            for root in spec.roots:
+                encoder = residency.model.get_submodule(root)
+                encoder.register_forward_pre_hook(begin)
+                encoder.register_forward_hook(end, always_call=True)
+
+
+def _capabilities(resolved: Resolved, residency: Residency, accelerator: Any) -> Capabilities:
+    modalities = ["text"]
+    modalities += ["image"] * ("vision" in residency) + ["audio"] * ("audio" in residency)
+    tokenizer = getattr(resolved.processor, "tokenizer", resolved.processor)
+    template = str(getattr(resolved.processor, "chat_template", "") or getattr(tokenizer, "chat_template", ""))
+    return Capabilities(
+        model=resolved.name,
+        where="in this kernel",
+        device=accelerator.name,
+        dtype=str(resolved.dtype).removeprefix("torch."),
+        modalities=tuple(modalities),
+        thinking="enable_thinking" in template,
+        memory_control=True,
+        context_tokens=_context_tokens(resolved.config),
+    )
+
+
+def _context_tokens(config: PreTrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
