@@ -120,6 +120,8 @@ class LocalEngine:
             ModuleOffError: they need a module that the policy keeps off.
             PolicyError: an option does not exist or cannot be.
         """
+        if self._state.processor is None:
+            raise MessageError("this model came without a tokenizer: attach(model, processor) or load a folder that has one")
         read = read_messages(messages) if messages or not live else ()
         settings = self._settings(options)
         self._check_media(read, live)

@@ -22,7 +22,7 @@ EventKind = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Event:
     """One event.
 
@@ -51,6 +51,8 @@ class Event:
         if self.why:
             parts.append(f"({self.why})")
         return " ".join(parts)
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
