@@ -121,7 +121,7 @@ class LocalEngine:
             PolicyError: an option does not exist or cannot be.
         """
         if self._state.processor is None:
-            raise MessageError("this model came without a tokenizer: attach(model, processor) or load a folder that has one")
+            raise MessageError("this model came without a tokenizer: attach one with it, or load a folder that has one")
         read = read_messages(messages) if messages or not live else ()
         settings = self._settings(options)
         self._check_media(read, live)
