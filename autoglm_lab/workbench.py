@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.local import LocalEngine, check_modules
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
 from autoglm_lab.engine.state import EngineState
@@ -18,6 +19,7 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import EngineClosedError, ModuleError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.kv_pool import KvPool, PageShape
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.reclaim import Reclaimer
@@ -97,6 +99,8 @@ class Workbench:
             residency.close()
             raise
         book.register(residency)
+        shape = PageShape.of(resolved.config, resolved.dtype)
+        pool = None if shape is None else KvPool(shape, accelerator)
         state = EngineState(
             model=resolved.model,
             processor=resolved.processor,
@@ -107,6 +111,8 @@ class Workbench:
             meter=PeakMeter(accelerator.device, lambda: accelerator.reading().process),
             stepper=Stepper(resolved.model),
             policy=policy,
+            conversations=Conversations(pool),
+            pool=pool,
             context_tokens=_context_tokens(resolved.config),
         )
         _mark_encoding(residency, state)
@@ -302,6 +308,8 @@ def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
 def _let_go(state: EngineState) -> None:
     """Free what a workbench held that nobody holds any more."""
     state.sampler.stop()
+    if state.pool is not None:
+        state.pool.close()
     state.residency.close()
 
 
@@ -316,11 +324,11 @@ def _mark_encoding(residency: Residency, state: EngineState) -> None:
 
     def begin(*_: Any) -> None:
         if state.phase == "prefill":
-            state.enter("encode", state.peaks)
+            state.enter("encode", *state.peaks)
 
     def end(*_: Any) -> None:
         if state.phase == "encode":
-            state.enter("prefill", state.peaks)
+            state.enter("prefill", *state.peaks)
 
     for spec in residency.specs:
         if spec.name in ("vision", "audio"):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from autoglm_lab.engine.messages import Message
 from autoglm_lab.engine.protocol import ConversationInfo
 from autoglm_lab.engine.step import KvState
+from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Row
 
 
@@ -17,8 +18,8 @@ class Conversation:
     """One dialogue. ``messages`` holds finished turns only; ``kv`` may hold less, never something else."""
 
     name: str
+    kv: KvState
     messages: tuple[Message, ...] = ()
-    kv: KvState = field(default_factory=KvState)
     last_used: float = 0.0
     busy: bool = False
     reused_share: float | None = None
@@ -37,12 +38,14 @@ class Conversation:
 class Conversations:
     """Every conversation of one engine, and their rows in the ledger."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: KvPool | None) -> None:
+        self._pool = pool
         self._by_name: dict[str, Conversation] = {}
 
     def get(self, name: str) -> Conversation:
         """The conversation of this name, begun if it is new."""
-        conversation = self._by_name.setdefault(name, Conversation(name))
+        conversation = self._by_name.get(name) or Conversation(name, KvState(self._pool))
+        self._by_name[name] = conversation
         conversation.last_used = time.monotonic()
         return conversation
 

@@ -10,17 +10,18 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
-from autoglm_lab.engine.recovery import evict
+from autoglm_lab.engine.recovery import evict, recovering
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.engine.turn_run import TurnRun
+from autoglm_lab.engine.turn_run import Steps, TurnRun
 from autoglm_lab.errors import (
     ConversationError,
     EngineClosedError,
@@ -37,6 +38,15 @@ Result = TypeVar("Result")
 _TICK = 0.25
 
 
+@dataclass(frozen=True)
+class _Active:
+    """A turn under way and its token that is to be read next."""
+
+    run: TurnRun
+    steps: Steps
+    token: int
+
+
 class LocalEngine:
     """Answers conversations with a model in this process. See `engine.protocol.Engine`.
 
@@ -50,11 +60,13 @@ class LocalEngine:
         self._state, self._book, self._capabilities = state, book, capabilities
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._waiting: list[TurnRun] = []
-        self._running: deque[tuple[TurnRun, Iterator[None]]] = deque()
+        self._running: list[_Active] = []
         self._answers = 0
         self._ticked = 0.0
         self._closed = False
         book.register(state.conversations)
+        if state.pool is not None:
+            book.register(state.pool)
         self._thread = threading.Thread(
             target=_serve, args=(weakref.ref(self), self._inbox), name="autoglm-lab engine", daemon=True
         )
@@ -152,7 +164,7 @@ class LocalEngine:
 
     def reclaim(self) -> Event:
         """Give unused memory back to the system. The event's bytes are what was really given back."""
-        return self._call(lambda: self._state.event_of(self._state.reclaimer.reclaim("asked")))
+        return self._call(lambda: self._state.reclaim("asked"))
 
     def drop(self, conversation: str) -> None:
         """Forget a conversation and free its keys and values.
@@ -174,7 +186,7 @@ class LocalEngine:
 
     def stop(self) -> None:
         """Cancel every turn, waiting ones too. Returns at once."""
-        for run in (*self._waiting, *(run for run, _ in tuple(self._running))):
+        for run in (*self._waiting, *(active.run for active in tuple(self._running))):
             run.cancelled = True
 
     def close(self) -> None:
@@ -206,7 +218,7 @@ class LocalEngine:
     # what only the engine's thread does
 
     def work(self) -> None:
-        """One round: begin turns that can begin, one step of the next turn, and what is due."""
+        """One round: begin one turn that can begin, read one token of every turn under way, and do what is due."""
         for run in tuple(self._waiting):
             if run.cancelled:
                 self._waiting.remove(run)
@@ -214,18 +226,44 @@ class LocalEngine:
             elif not run.conversation.busy:
                 self._waiting.remove(run)
                 run.conversation.busy = True
-                self._running.append((run, run.steps()))
+                steps = run.steps()
+                self._advance(run, steps, partial(next, steps))
                 break
         if self._running:
-            run, steps = self._running.popleft()
-            if next(steps, _DONE) is _DONE:
-                self._after()
-            else:
-                self._running.append((run, steps))
+            active, self._running = self._running, []
+            self._decode(active)
         now = time.monotonic()
         if now - self._ticked >= _TICK:
             self._ticked = now
             self._state.residency.tick(time.time())
+
+    def _advance(self, run: TurnRun, steps: Steps, step: Callable[[], int]) -> None:
+        """Let a turn go on until it has a token to be read, or has ended."""
+        try:
+            self._running.append(_Active(run, steps, step()))
+        except StopIteration:
+            self._after()
+
+    def _decode(self, active: Sequence[_Active]) -> None:
+        """Read a token of every turn, in one batch; where that fails for all together, one by one."""
+        state = self._state
+        state.enter("decode", *(one.run.peaks for one in active))
+        state.in_use = frozenset(name for name in state.residency if name not in ("vision", "audio"))
+        own = active[0].run.conversation if len(active) == 1 else None
+        kvs, tokens = [one.run.conversation.kv for one in active], [one.token for one in active]
+        failure: Exception | None = None
+        try:
+            logits = recovering(state, "decode", own, lambda: state.stepper.decode(kvs, tokens))
+        except Exception as error:  # noqa: BLE001 - it belongs to the turns
+            failure = error.with_traceback(None)
+        if failure is None:
+            for one, after in zip(active, logits, strict=True):
+                self._advance(one.run, one.steps, partial(one.steps.send, after))
+        elif len(active) > 1:
+            for one in active:
+                self._decode([one])
+        else:
+            self._advance(active[0].run, active[0].steps, partial(active[0].steps.throw, failure))
 
     @property
     def has_work(self) -> bool:
@@ -248,7 +286,7 @@ class LocalEngine:
         why = state.reclaimer.due(self._answers, self.ledger(), state.policy.reclaim)
         if why and not self._running:
             self._answers = 0
-            state.event_of(state.reclaimer.reclaim(why, clear_traceback=state.policy.reclaim.traceback))
+            state.reclaim(why)
 
     def _apply(self, policy: MemoryPolicy) -> None:
         state, before = self._state, self._state.policy
@@ -331,9 +369,6 @@ def check_modules(policy: MemoryPolicy, modules: Collection[str]) -> None:
         raise PolicyError(f"this model has no module '{unknown[0]}'; its modules are {', '.join(modules)}")
 
 
-_DONE = object()
-
-
 def _serve(
     reference: weakref.ref[LocalEngine],
     inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None],
@@ -381,6 +416,9 @@ def _close(state: EngineState, book: LedgerBook) -> None:
     for conversation in state.conversations:
         conversation.kv.clear()
     book.unregister(state.conversations)
+    if state.pool is not None:
+        book.unregister(state.pool)
+        state.pool.close()
     state.residency.close()
 
 

@@ -55,7 +55,7 @@ def free_all(state: EngineState, own: Conversation | None) -> None:
         on_demand = state.policy.module(name).residency == "on-demand"
         if on_demand and module.place == "device" and name not in state.in_use:
             module.park(state.policy.module(name).park_to, "memory ran out")
-    state.event_of(state.reclaimer.reclaim("memory ran out"))
+    state.reclaim("memory ran out")
 
 
 def evict(state: EngineState, conversation: Conversation, why: str) -> None:

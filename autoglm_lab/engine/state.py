@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autoglm_lab.engine.conversation import Conversations
@@ -11,6 +11,7 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event, EventKind
+from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
@@ -23,6 +24,7 @@ class EngineState:
     """The parts of a local engine.
 
     Attributes:
+        pool: the pages of keys and values; None where this model's layers cannot be paged.
         context_tokens: the longest dialogue the model takes; None: not stated.
         phase: what the engine is doing.
         peaks: where the peaks of the phase under way go.
@@ -39,10 +41,11 @@ class EngineState:
     meter: PeakMeter
     stepper: Stepper
     policy: MemoryPolicy
+    conversations: Conversations
+    pool: KvPool | None = None
     context_tokens: int | None = None
-    conversations: Conversations = field(default_factory=Conversations)
     phase: str = "idle"
-    peaks: dict[str, int] | None = None
+    peaks: tuple[dict[str, int], ...] = ()
     in_use: frozenset[str] = frozenset()
     tokens_per_second: float | None = None
 
@@ -50,7 +53,7 @@ class EngineState:
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def enter(self, phase: str, peaks: dict[str, int] | None = None) -> None:
+    def enter(self, phase: str, *peaks: dict[str, int]) -> None:
         """Begin a phase; its peak is written to ``peaks`` when the next one begins."""
         self.phase, self.peaks = phase, peaks
         self.meter.enter(None if phase == "idle" else phase, peaks)
@@ -64,6 +67,13 @@ class EngineState:
     def event_of(self, event: Event) -> Event:
         self.sampler.record(event)
         return event
+
+    def reclaim(self, why: str) -> Event:
+        """Give unused memory back to the system, KV pages too; recorded."""
+        start, trimmed = time.perf_counter(), self.pool.trim() if self.pool is not None else 0
+        event = self.reclaimer.reclaim(why, clear_traceback=self.policy.reclaim.traceback)
+        seconds, nbytes = time.perf_counter() - start, (event.nbytes or 0) + trimmed
+        return self.event_of(replace(event, nbytes=nbytes, seconds=seconds))
 
     def check_budget(self) -> None:
         """Raises:

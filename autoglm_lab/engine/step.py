@@ -1,4 +1,4 @@
-"""One forward of one conversation: a prefill, or a decode step; and the choice of the next token.
+"""One forward: a prefill of one conversation, or a decode step of a batch of them; and the choice of the next token.
 
 A step either ends, and then its tokens are committed to the conversation's `KvState`, or it fails, and then the state
 is as it was before.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -23,57 +23,67 @@ from transformers.generation.logits_process import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
+from autoglm_lab.memory.kv_pool import KvPool, PagedCache, PagedSequence
 from autoglm_lab.policy import GenerationPolicy
 
 
 class KvState:
-    """What a cache holds of one conversation: the tokens behind its keys and values, their blocks and media."""
+    """What is cached of one conversation: the tokens behind its keys and values, their blocks and media.
 
-    def __init__(self) -> None:
+    The keys and values lie in pages of the pool, or in transformers' own cache where the layers cannot be paged.
+
+    Args:
+        pool: the pages; None for transformers' own cache.
+    """
+
+    def __init__(self, pool: KvPool | None = None) -> None:
         self.ids: list[int] = []
         self.blocks: list[int] | None = None
         self.runs: tuple[MediaRun, ...] = ()
-        self.cache: DynamicCache | None = None
+        self.paged = None if pool is None else PagedSequence(pool)
+        self.own: DynamicCache | None = None
         self.position_state: dict[int, Any] = {}
-        self.nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        if self.paged is not None:
+            return self.paged.nbytes
+        layers: list[Any] = [] if self.own is None else self.own.layers
+        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def clear(self) -> None:
-        """Forget everything; the keys and values go back to the allocator."""
-        self.ids, self.blocks, self.runs, self.cache = [], None, (), None
-        self.position_state, self.nbytes = {}, 0
+        """Forget everything; the keys and values are given back."""
+        self.ids, self.blocks, self.runs, self.own, self.position_state = [], None, (), None, {}
+        if self.paged is not None:
+            self.paged.keep(0)
 
     def keep(self, length: int) -> None:
-        """Keep the first ``length`` tokens; their keys and values are copied, so that the rest is really freed."""
-        if length == len(self.ids) and length == _cached_tokens(self.cache):
-            return
-        if length == 0 or self.cache is None or not _croppable(self.cache):
+        """Keep the first ``length`` tokens; the memory of the others is really freed."""
+        if self.paged is not None:
+            self.paged.keep(length)
+        elif length == 0 or self.own is None or not _croppable(self.own):
             self.clear()
             return
-        for layer in _growing_layers(self.cache):
-            if layer.keys is not None and layer.values is not None:
-                layer.keys = layer.keys[..., :length, :].clone()
-                layer.values = layer.values[..., :length, :].clone()
+        else:
+            for layer in _growing_layers(self.own):
+                if layer.keys is not None and layer.values is not None and layer.keys.shape[-2] != length:
+                    layer.keys = layer.keys[..., :length, :].clone()
+                    layer.values = layer.values[..., :length, :].clone()
         self.ids = self.ids[:length]
         self.blocks = None if self.blocks is None else self.blocks[:length]
         self.runs = tuple(run for run in self.runs if run.start < length)
-        self.measure()
 
-    def measure(self) -> None:
-        """Count the bytes of the keys and values."""
-        layers: list[Any] = [] if self.cache is None else self.cache.layers
-        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def reusable_tokens(state: KvState, prompt: Prompt) -> int:
-    """How many leading tokens of ``prompt`` need no prefill."""
-    if state.cache is None or state.position_state or not _croppable(state.cache):
-        return 0
-    return reusable(prompt, state.ids, state.blocks, state.runs)
+    def reusable(self, prompt: Prompt) -> int:
+        """How many leading tokens of ``prompt`` need no prefill."""
+        if self.position_state or (self.paged is None and (self.own is None or not _croppable(self.own))):
+            return 0
+        return reusable(prompt, self.ids, self.blocks, self.runs)
 
 
 class Stepper:
-    """Runs a model one step at a time."""
+    """Runs a model one step at a time: the prefill of one prompt, or a token of each conversation of a batch."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -89,54 +99,82 @@ class Stepper:
             Logits ``[vocab]`` after the last token, float32.
         """
         state.keep(start)
-        if state.cache is None:
-            state.cache = DynamicCache(config=self._model.config)
         device = self._model.device
         arguments: dict[str, Any] = {name: value.to(device) for name, value in prompt.inputs_from(start).items()}
         arguments |= _live_audio(self._model, prompt, start, arguments)
         if prompt.blocks is not None:
             arguments["block_sequence_ids"] = torch.tensor([prompt.blocks], device=device)
-        logits = self._forward(state, prompt.ids[start:], arguments)
+        logits = self._one(state, prompt.ids[start:], arguments)
         state.blocks = None if prompt.blocks is None else [*prompt.blocks]
         state.runs = prompt.runs
         return logits
 
     @torch.no_grad()
-    def decode(self, state: KvState, token: int) -> torch.Tensor:
-        """Read one generated token.
+    def decode(self, states: Sequence[KvState], tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Read one generated token of each conversation, in one forward where the model allows it.
 
         Returns:
-            Logits ``[vocab]`` for the next one, float32.
+            Logits ``[vocab]`` for each conversation's next token, float32.
         """
-        logits = self._forward(state, (token,), {})
-        if state.blocks is not None:
-            state.blocks.append(-1)
+        if len(states) > 1 and not self._positioned and all(state.paged is not None for state in states):
+            logits = self._batch(states, tokens)
+        else:
+            logits = [self._one(state, (token,), {}) for state, token in zip(states, tokens, strict=True)]
+        for state in states:
+            if state.blocks is not None:
+                state.blocks.append(-1)
         return logits
 
-    def _forward(self, state: KvState, ids: Sequence[int], arguments: dict[str, Any]) -> torch.Tensor:
+    def _one(self, state: KvState, ids: Sequence[int], arguments: dict[str, Any]) -> torch.Tensor:
         before, device = len(state.ids), self._model.device
-        if "logits_to_keep" in self._accepted:
-            arguments["logits_to_keep"] = 1
         for index, module in enumerate(self._positioned):
             module.rope_deltas = state.position_state.get(index)
+        cache: Cache
+        if state.paged is not None:
+            cache = PagedCache([state.paged], len(ids))
+        else:
+            cache = state.own = DynamicCache(config=self._model.config) if state.own is None else state.own
         try:
-            outputs = self._model(
+            logits = self._forward(
+                cache,
                 input_ids=torch.tensor([list(ids)], device=device),
                 attention_mask=torch.ones((1, before + len(ids)), dtype=torch.long, device=device),
-                past_key_values=state.cache,
-                use_cache=True,
                 **arguments,
-            )
-            logits: torch.Tensor = outputs.logits[0, -1].float()
+            )[0]
         except BaseException:
             state.keep(before)
             raise
-        state.position_state = {
-            index: module.rope_deltas for index, module in enumerate(self._positioned) if module.rope_deltas is not None
-        }
+        if isinstance(cache, PagedCache):
+            cache.commit()
+        states = [module.rope_deltas for module in self._positioned]
+        state.position_state = {index: value for index, value in enumerate(states) if value is not None}
         state.ids.extend(ids)
-        state.measure()
         return logits
+
+    def _batch(self, states: Sequence[KvState], tokens: Sequence[int]) -> list[torch.Tensor]:
+        cache = PagedCache([state.paged for state in states if state.paged is not None], 1)
+        implementation = self._model.config.get_text_config()._attn_implementation  # noqa: SLF001 - it has no public name
+        try:
+            logits = self._forward(
+                cache,
+                input_ids=torch.tensor(tokens, device=self._model.device)[:, None],
+                attention_mask=cache.mask(self._model.dtype, additive=implementation == "eager"),
+                position_ids=cache.positions,
+            )
+        except BaseException:
+            cache.roll_back()
+            raise
+        cache.commit()
+        for state, token in zip(states, tokens, strict=True):
+            state.ids.append(token)
+        return list(logits)
+
+    def _forward(self, cache: Cache, **arguments: Any) -> torch.Tensor:
+        """Logits ``[batch, vocab]`` after the last token of each row, float32."""
+        if "logits_to_keep" in self._accepted:
+            arguments["logits_to_keep"] = 1
+        logits: torch.Tensor = self._model(past_key_values=cache, use_cache=True, **arguments).logits
+        return logits[:, -1].float()
 
 
 class Chooser:
@@ -201,7 +239,3 @@ def _growing_layers(cache: DynamicCache) -> list[DynamicLayer]:
 
 def _croppable(cache: DynamicCache) -> bool:
     return len(_growing_layers(cache)) == len(cache.layers)
-
-
-def _cached_tokens(cache: DynamicCache | None) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())

@@ -17,9 +17,12 @@ from autoglm_lab.engine.prompt import Prompt, render
 from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timings, Turn, Usage
 from autoglm_lab.engine.recovery import recovering
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.engine.step import Chooser, reusable_tokens
+from autoglm_lab.engine.step import Chooser
 from autoglm_lab.errors import ContextLimitError, LabError
 from autoglm_lab.policy import GenerationPolicy, KvPolicy
+
+Steps = Generator[int, torch.Tensor, None]
+"""A turn's steps: what `TurnRun.steps` gives."""
 
 
 class TurnRun:
@@ -45,14 +48,17 @@ class TurnRun:
         self._state = state
         self._submitted = time.monotonic()
         self._first_token: float | None = None
-        self._peaks: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
 
     def start_clock(self) -> None:
         """Time to the first token counts from now: for a live turn, from the moment the question is closed."""
         self._submitted = time.monotonic()
 
-    def steps(self) -> Generator[None]:
-        """Run the turn; every ``next`` is one forward. The turn is finished, or failed, when this ends."""
+    def steps(self) -> Steps:
+        """Run the turn: it yields a token to be read and is sent the logits after it; one yield a step.
+
+        The turn is finished, or failed, when this ends; an error of the step that reads its token is thrown in.
+        """
         try:
             answer = yield from self._answer()
         except Exception as error:  # noqa: BLE001 - whoever waits for the turn gets it
@@ -68,25 +74,23 @@ class TurnRun:
         """Finish a turn that was cancelled before it began."""
         self.turn.emit(self._finished("", "", "cancelled", None, 0, 0))
 
-    def _answer(self) -> Generator[None, None, Answer]:
+    def _answer(self) -> Generator[int, torch.Tensor, Answer]:
         state, conversation = self._state, self.conversation
         if not state.policy.kv.reuse:
             conversation.kv.clear()
         history, prompt, limit = self._fit()
-        start = reusable_tokens(conversation.kv, prompt)
+        start = conversation.kv.reusable(prompt)
         self._wake(prompt, start)
-        state.enter("prefill", self._peaks)
+        state.enter("prefill", self.peaks)
         logits = recovering(
             state, "prefill", conversation, lambda: state.stepper.prefill(conversation.kv, prompt, start)
         )
-        yield
         conversation.reused_share = start / len(prompt.ids)
         eos = _eos(state) if self.settings.eos else ()
         chooser = Chooser(self.settings, prompt.ids, eos, state.model.device)
         reader = AnswerReader(state.tokenizer, prompt.ids)
         count = 0
         reason: FinishReason = "length"
-        state.enter("decode", self._peaks)
         while True:
             token = chooser.choose(logits)
             count += 1
@@ -101,21 +105,14 @@ class TurnRun:
             if self.cancelled:
                 reason = "cancelled"
                 break
-            state.enter("decode", self._peaks)
-            logits = self._read(token)
-            if count > 1:
-                state.tokens_per_second = (count - 1) / (time.monotonic() - self._first_token)
-            yield
+            logits = yield token
+            state.tokens_per_second = count / (time.monotonic() - self._first_token)
         for delta in reader.finish():
             self.turn.emit(delta)
         spoken = Message("assistant", (TextPart(reader.text),))
         conversation.messages = (*history, *self.messages, spoken)
         state.enter("idle")
         return self._finished(reader.text, reader.reasoning, reason, prompt, start, count)
-
-    def _read(self, token: int) -> torch.Tensor:
-        state, kv = self._state, self.conversation.kv
-        return recovering(state, "decode", self.conversation, lambda: state.stepper.decode(kv, token))
 
     def _fit(self) -> tuple[tuple[Message, ...], Prompt, int]:
         """The history that fits, the prompt, and how many tokens the answer may have.
@@ -161,7 +158,7 @@ class TurnRun:
             needs.append("audio")
         why = f"a turn of '{self.conversation.name}'"
         state.in_use = frozenset(needs)
-        state.enter("load", self._peaks)
+        state.enter("load", self.peaks)
         events = recovering(state, "load", self.conversation, lambda: state.residency.ensure(needs, why))
         for event in events:
             self._tell(event)
@@ -186,7 +183,7 @@ class TurnRun:
             total=now - self._submitted,
             tokens_per_second=(count - 1) / (now - first) if first is not None and count > 1 else None,
         )
-        return Answer(text, reasoning, reason, usage, timings, dict(self._peaks), self.conversation.name)
+        return Answer(text, reasoning, reason, usage, timings, dict(self.peaks), self.conversation.name)
 
 
 _NO_LIMIT = 1 << 60

@@ -13,7 +13,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class PeakMeter:
-    """Peaks by phase. One thread enters phases; the peaks belong to whoever passed the dictionary.
+    """Peaks by phase. One thread enters phases; the peaks belong to whoever passed the dictionaries.
 
     On CUDA: the process's bytes with the allocator's reserved bytes at their peak. On a CPU under Linux: the kernel's
     high-water mark of resident memory less what is backed by files. Elsewhere there are no peaks.
@@ -26,17 +26,22 @@ class PeakMeter:
     def __init__(self, device: torch.device, process: Callable[[], int | None]) -> None:
         self._device, self._process = device, process
         self._phase: str | None = None
-        self._peaks: dict[str, int] | None = None
+        self._peaks: tuple[dict[str, int], ...] = ()
         self.available = device.type == "cuda" or _reset_high_water()
 
-    def enter(self, phase: str | None, peaks: dict[str, int] | None) -> None:
-        """End the phase under way, writing its peak, and begin ``phase``; None only ends."""
-        if not self.available or (phase == self._phase and peaks is self._peaks):
+    def enter(self, phase: str | None, peaks: tuple[dict[str, int], ...] = ()) -> None:
+        """End the phase under way, writing its peak, and begin ``phase``; None only ends.
+
+        Args:
+            peaks: where the peak of ``phase`` is to be written: one for each turn of a batch.
+        """
+        same = phase == self._phase and [*map(id, peaks)] == [*map(id, self._peaks)]
+        if not self.available or same:
             return
-        if self._phase is not None and self._peaks is not None:
-            measured = self._read()
-            if measured is not None:
-                self._peaks[self._phase] = max(measured, self._peaks.get(self._phase, 0))
+        measured = self._read() if self._phase is not None and self._peaks else None
+        if measured is not None and self._phase is not None:
+            for kept in self._peaks:
+                kept[self._phase] = max(measured, kept.get(self._phase, 0))
         self._phase, self._peaks = phase, peaks
         if phase is not None:
             self._begin()

@@ -1,0 +1,84 @@
+"""Address space for pages: reserved once for as many as could ever be, backed by memory only where pages are in use."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autoglm_lab.memory.cuda_driver import DriverMemory, Export
+
+
+class PageRegion(Protocol):
+    """A range of addresses in chunks that are backed and given back one by one.
+
+    Attributes:
+        chunk: bytes of a chunk.
+        bytes: the whole range as ``uint8`` ``[size]``; only backed chunks may be touched.
+    """
+
+    chunk: int
+    bytes: Tensor
+
+    def back(self, index: int) -> None:
+        """Back chunk ``index`` with memory. Raises `MemoryError` where there is none."""
+        ...
+
+    def give_back(self, index: int) -> None:
+        """Give the memory of chunk ``index`` back; its contents are gone."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class HostPageRegion:
+    """The host's: an anonymous mapping, which the kernel backs at the first touch."""
+
+    def __init__(self, nbytes: int, chunk: int) -> None:
+        self.chunk = -(-chunk // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = max(1, -(-nbytes // self.chunk)) * self.chunk
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._map = mmap.mmap(-1, size, flags=flags)
+        self.bytes = torch.frombuffer((ctypes.c_char * size).from_buffer(self._map), dtype=torch.uint8)
+
+    def back(self, index: int) -> None:
+        del index
+
+    def give_back(self, index: int) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED, index * self.chunk, self.chunk)
+
+    def close(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class CudaPageRegion:
+    """A GPU's: chunks are mapped through the driver at a fixed address."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self._memory = DriverMemory(device)
+        self.chunk = self._memory.granularity
+        self._size = self._memory.round_up(nbytes)
+        self._address = self._memory.reserve(self._size)
+        self._handles: dict[int, int] = {}
+        self.back(0)  # torch asks the driver about the first address
+        self.bytes = self._memory.tensor(Export(self._address, self._size))
+
+    def back(self, index: int) -> None:
+        if index not in self._handles:
+            self._handles[index] = self._memory.map(self._address + index * self.chunk, self.chunk)
+
+    def give_back(self, index: int) -> None:
+        handle = self._handles.pop(index, None)
+        if handle is not None:
+            self._memory.unmap(self._address + index * self.chunk, self.chunk, handle)
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        for index in tuple(self._handles):
+            self.give_back(index)
+        self._memory.free(self._address, self._size)

@@ -1,0 +1,156 @@
+"""Keys and values in pages: batches equal single runs, memory comes back, a failed step leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import autoglm_lab as lab
+from autoglm_lab.engine.prompt import Prompt
+from autoglm_lab.engine.step import KvState, Stepper
+from autoglm_lab.memory.accelerator import open_accelerator
+from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PageShape
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(params=["llama sdpa", "llama eager", "glm4 sdpa"])
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    family, attention = request.param.split()
+    if family == "llama":
+        return LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation=attention).eval()
+    return Glm4ForCausalLM._from_config(Glm4Config(**SIZES), attn_implementation=attention).eval()
+
+
+def pool_for(model: Any) -> KvPool:
+    shape = PageShape.of(model.config, model.dtype)
+    assert shape is not None
+    return KvPool(shape, open_accelerator("cpu"))
+
+
+def prompts(lengths: list[int]) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Prompt(tuple(torch.randint(1, 128, (length,), generator=generator).tolist()), None, ()) for length in lengths
+    ]
+
+
+def plain_logits(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+
+
+def test_a_batch_of_uneven_lengths_equals_single_runs_of_the_plain_model(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    questions = prompts([3, 16, 17, 40])
+    states = [KvState(pool) for _ in questions]
+    for state, question in zip(states, questions, strict=True):
+        logits = stepper.prefill(state, question, 0)
+        torch.testing.assert_close(logits, plain_logits(model, list(question.ids)), atol=1e-5, rtol=1e-4)
+    for step in range(20):
+        tokens = [(7 * step + row) % 120 + 1 for row in range(4)]
+        together = stepper.decode(states, tokens)
+        for state, question, logits in zip(states, questions, together, strict=True):
+            assert len(state.ids) == len(question.ids) + step + 1
+            torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
+
+
+def test_conversations_join_and_leave_a_batch(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    states = [KvState(pool) for _ in range(3)]
+    for state, question in zip(states, prompts([5, 30, 18]), strict=True):
+        stepper.prefill(state, question, 0)
+    for members in ([0, 1], [1, 2, 0], [2], [0, 2]):
+        for index, logits in zip(members, stepper.decode([states[m] for m in members], members), strict=True):
+            torch.testing.assert_close(logits, plain_logits(model, states[index].ids), atol=1e-5, rtol=1e-4)
+
+
+def test_pages_that_are_returned_serve_the_next_conversation(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    first, second = KvState(pool), KvState(pool)
+    stepper.prefill(first, prompts([50])[0], 0)
+    taken = list(first.paged.pages)
+    assert len(taken) == -(-50 // PAGE_TOKENS)
+    assert first.nbytes == len(taken) * pool.page_bytes
+    first.keep(20)
+    assert first.paged.pages == taken[:2]
+    stepper.prefill(second, prompts([40])[0], 0)
+    assert set(second.paged.pages) & set(taken[2:])
+    logits = stepper.decode([first], [9])[0]
+    torch.testing.assert_close(logits, plain_logits(model, first.ids), atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_that_fails_half_way_leaves_nothing_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    states = [KvState(pool) for _ in range(2)]
+    for state, question in zip(states, prompts([16, 31]), strict=True):
+        stepper.prefill(state, question, 0)
+    used = pool.used_pages
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(model.model.layers[1], "forward", fails)
+    with pytest.raises(RuntimeError, match="half-way"):
+        stepper.decode(states, [1, 2])
+    with pytest.raises(RuntimeError, match="half-way"):
+        stepper.prefill(states[0], Prompt((*states[0].ids, *range(1, 90)), None, ()), 16)
+    monkeypatch.undo()
+    assert pool.used_pages == used
+    for state, logits in zip(states, stepper.decode(states, [3, 4]), strict=True):
+        torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
+
+
+def test_memory_of_a_forgotten_conversation_goes_back_to_the_system() -> None:
+    shape = PageShape(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32)
+    pool = KvPool(shape, open_accelerator("cpu"))
+    state = KvState(pool)
+    state.paged.reserve(8192)
+    for layer in range(shape.layers):
+        pool.layer(layer)[state.paged.pages] = 1.0
+    process = psutil.Process()
+
+    def anonymous() -> int:
+        figures = process.memory_info()
+        return figures.rss - figures.shared
+
+    full, nbytes = anonymous(), state.nbytes
+    assert nbytes == 8192 * 8 * 2 * 8 * 64 * 4
+    state.clear()
+    assert full - anonymous() > 0.95 * nbytes
+    assert pool.backed == 0
+
+
+def test_a_pool_over_the_budget_says_so_and_takes_nothing() -> None:
+    accelerator = open_accelerator("cpu")
+    pool = KvPool(PageShape(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32), accelerator)
+    accelerator.set_budget(accelerator.reading().process)
+    with pytest.raises(lab.OutOfMemoryError, match=r"out of memory in KV cache: needed 64\.0 MiB"):
+        KvState(pool).paged.reserve(2048)
+    assert pool.used_pages == 0
+
+
+def test_sliding_layers_keep_transformers_own_cache() -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
+    assert PageShape.of(model.config, model.dtype) is None
+    stepper, states = Stepper(model), [KvState(None), KvState(None)]
+    for state, question in zip(states, prompts([5, 20]), strict=True):
+        stepper.prefill(state, question, 0)
+    for _ in range(3):
+        for state, logits in zip(states, stepper.decode(states, [3, 4]), strict=True):
+            torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
