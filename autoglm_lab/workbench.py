@@ -25,6 +25,7 @@ from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
+from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Resolved, adopt, resolve
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes
@@ -90,9 +91,9 @@ class Workbench:
         book = LedgerBook(accelerator)
         started = time.monotonic()
         self.sampler = Sampler(_weakly(self))
+        check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
         residency = Residency(resolved, accelerator, policy=policy, on_event=self.sampler.record)
         try:
-            check_modules(policy, residency)
             accelerator.set_budget(policy.budget)
             residency.materialise()
         except BaseException:

@@ -74,6 +74,7 @@ class KvPool:
         self._free: list[int] = []
         self._fresh, self._pages = 0, pages
         self._users: dict[int, int] = {}
+        self._closed = False
         values = self._region.bytes[: pages * self._stride].view(shape.dtype)
         per_token = shape.kv_heads * shape.head_dim
         per_layer = PAGE_TOKENS * per_token
@@ -148,7 +149,10 @@ class KvPool:
             yield Row("KV pages, unused", "kv", "device", idle, "pages that no conversation holds, kept for the next")
 
     def close(self) -> None:
-        """Give everything back. The pool cannot be used afterwards."""
+        """Give everything back; again is no harm. The pool cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
         self._count(-len(self._users))
         self._users.clear()
         del self._store
