@@ -71,6 +71,7 @@ class KvPool:
             self._region = CudaPageRegion(pages * self._stride, accelerator.device)
         else:
             self._region = HostPageRegion(pages * self._stride, chunk=self._stride)
+            pages = self._region.bytes.numel() // self._stride
         self._free: list[int] = []
         self._fresh, self._pages = 0, pages
         self._users: dict[int, int] = {}

@@ -41,10 +41,20 @@ class HostPageRegion:
 
     def __init__(self, nbytes: int, chunk: int) -> None:
         self.chunk = -(-chunk // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = max(1, -(-nbytes // self.chunk)) * self.chunk
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._map = mmap.mmap(-1, size, flags=flags)
+        self._map = self._reserve(max(1, -(-nbytes // self.chunk)))
+        size = len(self._map)
         self.bytes = torch.frombuffer((ctypes.c_char * size).from_buffer(self._map), dtype=torch.uint8)
+
+    def _reserve(self, chunks: int) -> mmap.mmap:
+        """Addresses for ``chunks``, or for as many as a system that does not overcommit allows."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        while True:
+            try:
+                return mmap.mmap(-1, chunks * self.chunk, flags=flags)
+            except OSError:
+                if chunks == 1:
+                    raise
+                chunks //= 2
 
     def back(self, index: int) -> None:
         del index
