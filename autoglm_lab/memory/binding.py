@@ -1,0 +1,168 @@
+"""The tensors of one module as the model holds them: pointed at a region of memory, or at nothing while parked.
+
+The Parameter objects stay the same throughout; only what they point at changes. While they point at nothing, hooks
+catch whoever would use them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoglm_lab.errors import ModuleError
+from autoglm_lab.memory.slab import lay_out, views_of
+from autoglm_lab.models.anatomy import ModuleSpec
+
+
+class Binding:
+    """One module's parameters and persistent buffers inside the model.
+
+    Args:
+        spec: which tensors.
+        model: none of the tensors may be on the meta device.
+        device: where they are when they are somewhere.
+        on_use: called before a forward pass that would use parked weights, with a description; it wakes them or raises.
+
+    Attributes:
+        views: where each tensor lies in a region.
+        nbytes: of such a region.
+        last_used: seconds since the epoch of the last forward pass.
+    """
+
+    def __init__(self, spec: ModuleSpec, model: nn.Module, device: torch.device, on_use: Callable[[str], None]) -> None:
+        self._name, self._device, self._on_use = spec.name, device, on_use
+        self._tensors = {name: _tensor_at(model, name) for name in spec.tensors}
+        self.views, self.nbytes = lay_out(self._tensors)
+        self.last_used = 0.0
+        self._versions: dict[str, int] = {}
+        self._running: set[int] = set()
+        self._guarded = _guarded_submodules(model, {id(tensor) for tensor in self._tensors.values()})
+        self._guards: list[Any] = []
+        for root in spec.roots:
+            submodule = model.get_submodule(root)
+            submodule.register_forward_pre_hook(self._enter, prepend=True)
+            submodule.register_forward_hook(self._leave, always_call=True)
+
+    def attach(self, region: Tensor) -> None:
+        """Point the tensors into ``region`` (``uint8``, ``[nbytes or more]``)."""
+        for name, view in views_of(region, self.views).items():
+            tensor = self._tensors[name]
+            tensor.data = view
+            self._versions[name] = _version(tensor)
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+
+    def detach(self) -> None:
+        """Point the tensors at nothing, and watch for uses."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for name, tensor in self._tensors.items():
+                view = self.views[name]
+                tensor.data = placeholder(view.dtype, self._device).expand(view.shape)
+        if not self._guards:
+            for submodule in self._guarded:
+                self._guards.append(submodule.register_forward_pre_hook(self._guard, prepend=True))
+                self._guards.append(submodule.register_state_dict_pre_hook(self._guard_state_dict))
+
+    def current(self) -> dict[str, Tensor]:
+        """What the tensors point at now."""
+        return {name: tensor.data for name, tensor in self._tensors.items()}
+
+    def changed(self, region: Tensor) -> bool:
+        """Whether anyone wrote to the weights since they came, by the tensors' version counters and addresses.
+
+        A write through ``.data`` leaves no trace.
+
+        Raises:
+            ModuleError: a tensor was replaced by one of another dtype, shape or device.
+        """
+        start = region.data_ptr()
+        changed = False
+        for name, tensor in self._tensors.items():
+            view = self.views[name]
+            if tensor.dtype != view.dtype or tuple(tensor.shape) != view.shape or tensor.device != region.device:
+                raise ModuleError(
+                    f"'{self._name}' cannot be parked: {name} was replaced ({tensor.dtype} {list(tensor.shape)} on "
+                    f"{tensor.device}; it was {view.dtype} {list(view.shape)}). Load the model with the dtype you want"
+                )
+            moved = tensor.numel() > 0 and tensor.data_ptr() != start + view.offset
+            changed |= moved or _version(tensor) != self._versions[name]
+        return changed
+
+    def refuse_while_running(self) -> None:
+        """Raise `ModuleError` while another thread is inside a forward pass of this module."""
+        here = threading.get_ident()
+        for thread in tuple(self._running):
+            if thread != here and _is_in_forward(thread):
+                raise ModuleError(
+                    f"'{self._name}' is in use by a forward pass of another thread: try again when it is over"
+                )
+            if thread != here:
+                self._running.discard(thread)
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        del module, arguments
+        self._running.add(threading.get_ident())
+        self.last_used = time.time()
+
+    def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        del module, arguments, output
+        self._running.discard(threading.get_ident())
+
+    def _guard(self, module: nn.Module, arguments: Any) -> None:
+        del arguments
+        self._on_use(f"a forward pass of {type(module).__name__}")
+
+    def _guard_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        del module, prefix, keep_vars
+        self._on_use("its values are read by state_dict()")
+
+
+def _version(tensor: Tensor) -> int:
+    return int(tensor._version)  # noqa: SLF001 - torch's only count of in-place writes
+
+
+def _tensor_at(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), last)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _guarded_submodules(model: nn.Module, tensors: set[int]) -> list[nn.Module]:
+    """Every submodule that holds one of ``tensors`` directly, or holds nothing but them."""
+    guarded = []
+    for submodule in model.modules():
+        own = [*submodule.parameters(recurse=False), *submodule.buffers(recurse=False)]
+        held = [id(parameter) for parameter in submodule.parameters()]
+        if any(id(tensor) in tensors for tensor in own) or (held and all(tensor in tensors for tensor in held)):
+            guarded.append(submodule)
+    return guarded
+
+
+_placeholders: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def placeholder(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One value that stands for parked weights: not a number where the dtype has that, so that a use would show."""
+    key = (dtype, device)
+    if key not in _placeholders:
+        value = float("nan") if dtype.is_floating_point or dtype.is_complex else 0
+        _placeholders[key] = torch.full((), value).to(device=device, dtype=dtype)
+    return _placeholders[key]
+
+
+def _is_in_forward(thread: int) -> bool:
+    """Whether that thread really runs a module now: an interrupt may have skipped the hook that says it left."""
+    frame = sys._current_frames().get(thread)  # noqa: SLF001 - there is no other way to look into a thread
+    while frame is not None:
+        if frame.f_code.co_name == "_call_impl":
+            return True
+        frame = frame.f_back
+    return False

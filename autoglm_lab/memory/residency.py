@@ -1,0 +1,269 @@
+"""Residency: where each module's weights are, and moving them.
+
+Every parameter and persistent buffer of a model lives in its module's slab. Parking drops the slab, waking fills it
+again; the Parameter objects stay the same. Weights are read-only at inference, so parking copies nothing back unless
+they were changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from autoglm_lab.errors import LabError, ModuleError, ModuleOffError
+from autoglm_lab.memory import weights
+from autoglm_lab.memory.accelerator import Accelerator
+from autoglm_lab.memory.binding import placeholder
+from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.ledger import Row
+from autoglm_lab.memory.module_residency import ModuleResidency
+from autoglm_lab.models.anatomy import anatomy, named_tensors
+from autoglm_lab.models.loading import Resolved
+from autoglm_lab.policy import MemoryPolicy
+
+__all__ = ["ModuleResidency", "Residency"]
+
+
+class Residency(Mapping[str, ModuleResidency]):
+    """The modules of one model, by name, and where their weights are.
+
+    Making one takes the weights over: nothing is on the device until `materialise`, `ensure` or a forward pass. The
+    engine's thread moves modules; `info` and `holdings` may be read from any thread at any time.
+    """
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        accelerator: Accelerator,
+        *,
+        policy: MemoryPolicy | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.model = resolved.model
+        self.policy = policy or MemoryPolicy()
+        self._on_event = on_event
+        self._accelerator = accelerator
+        self._attached = resolved.attached
+        self._folder: Path | None = None
+        self._closed = False
+        _realise(resolved.model, accelerator)
+        self.specs = anatomy(resolved.model)
+        self._modules = {
+            spec.name: ModuleResidency(
+                spec,
+                resolved.model,
+                {name: resolved.sources[name] for name in spec.tensors},
+                accelerator,
+                self,
+            )
+            for spec in self.specs
+        }
+        resolved.sources.clear()  # what was held there belongs to the modules now
+        _move_computed_buffers(resolved.model, accelerator)
+        self._check(self.policy)
+
+    def __getitem__(self, name: str) -> ModuleResidency:
+        try:
+            return self._modules[name]
+        except KeyError:
+            raise ModuleError(f"there is no module {name!r}: this model has {', '.join(self._modules)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def materialise(self) -> list[Event]:
+        """Bring every module to the device that the policy keeps there; each reads only its own tensors.
+
+        Raises:
+            OutOfMemoryError: it does not fit; what is there already stays.
+            LoadError: a file is gone or damaged.
+        """
+        events: list[Event] = []
+        for module in self._modules.values():
+            part = self.policy.module(module.name)
+            if module.place != "device" and (part.residency == "keep" or module.held):
+                events.append(module.wake("load", kind="loaded"))
+            if part.residency == "off" and module.place == "device":
+                events.append(module.park(part.park_to, "off by policy"))
+        weights.drop_pool()
+        if self._attached:
+            # The model was there when the accelerator was opened; now its bytes are the slabs' and have rows.
+            self._attached = False
+            self._accelerator.give_back()
+            self._accelerator.read_context()
+        return events
+
+    def ensure(self, names: Iterable[str], why: str) -> list[Event]:
+        """Wake what a request needs.
+
+        Args:
+            names: modules; those that the model lacks are an error.
+            why: what they are needed for, as a person would say it: ``an image``.
+
+        Raises:
+            ModuleOffError: the policy keeps one of them off. Nothing was moved.
+            OutOfMemoryError: the device has no room.
+        """
+        wanted = [self[name] for name in names]
+        for module in wanted:
+            self.refuse_if_off(module.name, why)
+        events = []
+        for module in wanted:
+            module.last_used = time.time()
+            if module.place != "device":
+                events.append(module.wake(why))
+        return events
+
+    def apply(self, policy: MemoryPolicy) -> list[Event]:
+        """Obey a policy: wake modules that it keeps, park those that it switches off or parks elsewhere.
+
+        A module on demand stays where it is until it is needed, or idle for its ``keep_alive``.
+
+        Raises:
+            ModuleError: the policy names a module that this model lacks, or a place that this machine lacks. Nothing
+                was moved.
+            OutOfMemoryError: what it keeps does not fit. What was moved stays moved, and the policy is as before.
+        """
+        self._check(policy)
+        before, self.policy = self.policy, policy
+        events = []
+        try:
+            for module in self._modules.values():
+                part = policy.module(module.name)
+                stated = part.park_to not in {"auto", module.place}
+                if part.residency == "off" and (module.place == "device" or stated):
+                    events.append(module.park(part.park_to, "off by policy"))
+            absent = [module for module in self._modules.values() if module.place != "device"]
+            events.extend(m.wake("kept by policy") for m in absent if policy.module(m.name).residency == "keep")
+        except BaseException:
+            self.policy = before
+            raise
+        return events
+
+    def _check(self, policy: MemoryPolicy) -> None:
+        for name, part in policy.modules.items():
+            self[name].target(part.park_to)
+
+    def tick(self, now: float) -> list[Event]:
+        """Park the on-demand modules that were idle for their ``keep_alive``; ``now`` in seconds since the epoch.
+
+        A module that cannot go now (in use, no room on disk) stays, and is tried again later.
+        """
+        events = []
+        for module in self._modules.values():
+            part = self.policy.module(module.name)
+            if part.residency != "on-demand" or module.place != "device" or now - module.last_used < part.keep_alive:
+                continue
+            try:
+                events.append(module.park(part.park_to, f"idle for {part.keep_alive:g} s"))
+            except ModuleError as error:
+                module.last_used = now
+                event = Event(time.time(), "note", module.name, why=f"not parked: {error}")
+                self.tell(event)
+                events.append(event)
+        return events
+
+    def holdings(self) -> Iterator[Row]:
+        """Rows of every module (see `ledger.Owner`)."""
+        for module in self._modules.values():
+            yield from module.holdings()
+
+    def close(self) -> None:
+        """Give every byte back: slabs, host copies, the temporary folder. The model cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        problems: list[LabError] = []
+        for module in self._modules.values():
+            try:
+                module.close()
+            except LabError as error:
+                problems.append(error)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if problems:
+            raise problems[0]
+
+    # what the modules ask of it
+
+    def refuse_if_off(self, name: str, why: str) -> None:
+        if self.policy.module(name).residency == "off":
+            raise ModuleOffError(name, why)
+
+    def tell(self, event: Event) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def check_open(self) -> None:
+        if self._closed:
+            raise ModuleError("this model's weights were given back when it was closed: load it again")
+
+    def spill_path(self, name: str) -> Path:
+        """A file for a module's weights in a folder of this process alone, removed when closed."""
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="autoglm-lab-", dir=_disk()))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder / f"{name}-{time.monotonic_ns()}.safetensors"
+
+
+def _disk() -> str | None:
+    """A folder for temporary files on a real disk; None, the system's own, where there is no better one.
+
+    Many systems keep their temporary folder in memory, where parking would give nothing back to the machine.
+    """
+    folders = [tempfile.gettempdir(), "/var/tmp", str(Path.home() / ".cache")]  # noqa: S108 - mkdtemp makes it private
+    usable = [folder for folder in folders if os.access(folder, os.W_OK)]
+    return next((folder for folder in usable if not in_memory(Path(folder))), None)
+
+
+def in_memory(folder: Path, mounts: str | None = None) -> bool:
+    """Whether files in ``folder`` take memory instead of disk (tmpfs), as far as the system tells."""
+    if mounts is None:
+        try:
+            mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
+        except OSError:
+            return False
+    resolved, kind, longest = folder.resolve(), "", -1
+    for line in mounts.splitlines():
+        _, mount, filesystem, *_ = line.split()
+        depth = len(Path(mount).parts)
+        if resolved.is_relative_to(mount) and depth >= longest:
+            kind, longest = filesystem, depth
+    return kind in {"tmpfs", "ramfs"}
+
+
+def _realise(model: nn.Module, accelerator: Accelerator) -> None:
+    """Replace meta parameters by real ones that hold no bytes yet; ties stay."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not parameter.is_meta:
+                continue
+            if id(parameter) not in replaced:
+                empty = placeholder(parameter.dtype, accelerator.device).expand(parameter.shape)
+                real = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                real.__dict__.update(parameter.__dict__)
+                replaced[id(parameter)] = real
+            setattr(module, name, replaced[id(parameter)])
+
+
+def _move_computed_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Computed buffers are small and stay where the model runs."""
+    persistent = {id(tensor) for _, tensor in named_tensors(model)}
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if id(buffer) not in persistent and buffer.device != accelerator.device:
+                setattr(module, name, buffer.to(accelerator.device))

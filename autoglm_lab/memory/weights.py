@@ -1,0 +1,175 @@
+"""The bytes of weights: from where they are into a slab, and from a slab to a file."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autoglm_lab.errors import LoadError, ModuleError
+from autoglm_lab.models.checkpoint import DTYPES, FileTensor
+from autoglm_lab.models.loading import DummyTensor, HeldTensor, Source
+from autoglm_lab.units import format_bytes
+
+_CHUNK = 1 << 24
+_POOL = 4_194_301  # a prime number of values, so that repeats never line up with rows
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Progress = Callable[[int], None]
+
+
+def fill(target: Tensor, source: Source, progress: Progress) -> None:
+    """Give ``target`` (a view of a slab) the values of ``source``, without a second full copy of them.
+
+    Args:
+        target: a view of a slab, any device and dtype; values are cast where the source's dtype differs.
+        source: where the values come from.
+        progress: called with the bytes of ``target`` that are filled so far in addition.
+
+    Raises:
+        LoadError: the file is gone, or shorter than its header said.
+    """
+    if isinstance(source, FileTensor):
+        _from_file(target, source, progress)
+    elif isinstance(source, HeldTensor):
+        target.copy_(source.tensor)
+        progress(target.numel() * target.element_size())
+    else:
+        _made_up(target, source, progress)
+
+
+def _from_file(target: Tensor, source: FileTensor, progress: Progress) -> None:
+    try:
+        handle = os.open(source.path, os.O_RDONLY)
+    except OSError as error:
+        raise LoadError(f"cannot read the weights in {source.path}: {error.strerror}") from None
+    try:
+        if target.device.type == "cpu" and target.dtype == source.dtype and target.is_contiguous():
+            _read(handle, source, 0, target, progress)
+        elif target.is_contiguous():
+            _read_and_cast(handle, source, target, progress)
+        else:
+            whole = torch.empty(source.shape, dtype=source.dtype)
+            _read(handle, source, 0, whole, lambda _: None)
+            target.copy_(whole)
+            progress(target.numel() * target.element_size())
+    finally:
+        os.close(handle)
+
+
+def _read(handle: int, source: FileTensor, start: int, target: Tensor, progress: Progress) -> None:
+    """Read the file's bytes from ``start`` (within the tensor) on, until ``target`` is full."""
+    nbytes = target.numel() * target.element_size()
+    if nbytes == 0:
+        return
+    memory = memoryview((ctypes.c_char * nbytes).from_address(target.data_ptr())).cast("B")
+    done = 0
+    while done < nbytes:
+        count = os.preadv(handle, [memory[done : min(nbytes, done + 4 * _CHUNK)]], source.offset + start + done)
+        if count == 0:
+            raise LoadError(f"{source.path} became shorter since the model was resolved: {format_bytes(done)} read")
+        done += count
+        progress(count)
+
+
+def _read_and_cast(handle: int, source: FileTensor, target: Tensor, progress: Progress) -> None:
+    flat = target.view(-1)
+    step = _CHUNK // source.dtype.itemsize
+    scratch = torch.empty(min(step, flat.numel()), dtype=source.dtype, pin_memory=target.device.type == "cuda")
+    for begin in range(0, flat.numel(), step):
+        count = min(step, flat.numel() - begin)
+        _read(handle, source, begin * source.dtype.itemsize, scratch[:count], lambda _: None)
+        flat[begin : begin + count].copy_(scratch[:count])
+        progress(count * target.element_size())
+
+
+_pools: dict[torch.device, Tensor] = {}
+
+
+def _pool(device: torch.device) -> Tensor:
+    if device not in _pools:
+        generator = torch.Generator().manual_seed(20_240_229)
+        _pools[device] = torch.randn(_POOL, generator=generator).to(device=device, dtype=torch.float16)
+    return _pools[device]
+
+
+def drop_pool() -> None:
+    """Forget the normal values that dummy weights are cut from (8 MiB)."""
+    _pools.clear()
+
+
+def _made_up(target: Tensor, source: DummyTensor, progress: Progress) -> None:
+    """Dummy values, at the speed of copying: normal ones are windows of one pool, begun where the seed says."""
+    nbytes = target.numel() * target.element_size()
+    if source.fill != "normal":
+        target.fill_(1.0 if source.fill == "ones" else 0.0)
+        progress(nbytes)
+        return
+    pool = _pool(target.device)
+    generator = torch.Generator().manual_seed(source.seed)
+    flat = target.view(-1) if target.is_contiguous() else torch.empty(target.numel(), dtype=target.dtype)
+    done = 0
+    while done < flat.numel():
+        start = int(torch.randint(_POOL, (), generator=generator))
+        count = min(_POOL - start, flat.numel() - done)
+        flat[done : done + count].copy_(pool[start : start + count]).mul_(source.std)
+        done += count
+        progress(count * target.element_size())
+    if not target.is_contiguous():
+        target.copy_(flat.view(target.shape))
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, FileTensor]:
+    """Write ``tensors`` as a safetensors file, chunk by chunk, and say where each lies.
+
+    Raises:
+        ModuleError: the disk has no room, or refuses; nothing is left behind.
+    """
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        if tensor.dtype not in _NAMES:
+            raise ModuleError(f"{name} is {tensor.dtype}, which safetensors files cannot hold")
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    try:
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, start + end)  # a full disk shows before anything is written
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                _write_one(file.fileno(), tensor, file.flush)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ModuleError(
+            f"cannot write {format_bytes(end)} of weights to {path.parent}: {error.strerror}. "
+            "Make room there, or set TMPDIR to a folder on another disk"
+        ) from None
+    placed: dict[str, FileTensor] = {}
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * tensor.element_size()
+        placed[name] = FileTensor(path, start, nbytes, tensor.dtype, tuple(tensor.shape))
+        start += nbytes
+    return placed
+
+
+def _write_one(handle: int, tensor: Tensor, flush: Callable[[], None]) -> None:
+    flush()
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.numel() == 0:
+        return
+    flat = flat.view(torch.uint8)
+    for begin in range(0, flat.numel(), 4 * _CHUNK):
+        chunk = flat[begin : begin + 4 * _CHUNK].cpu()
+        memory = memoryview((ctypes.c_char * chunk.numel()).from_address(chunk.data_ptr())).cast("B")
+        done = 0
+        while done < len(memory):
+            done += os.write(handle, memory[done:])
