@@ -12,16 +12,15 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
-from autoglm_lab.engine.recovery import evict, recovering
+from autoglm_lab.engine.recovery import evict
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.engine.turn_run import Steps, TurnRun
+from autoglm_lab.engine.turn_queue import TurnQueue
+from autoglm_lab.engine.turn_run import TurnRun
 from autoglm_lab.errors import (
     ConversationError,
     EngineClosedError,
@@ -38,15 +37,6 @@ Result = TypeVar("Result")
 _TICK = 0.25
 
 
-@dataclass(frozen=True)
-class _Active:
-    """A turn under way and its token that is to be read next."""
-
-    run: TurnRun
-    steps: Steps
-    token: int
-
-
 class LocalEngine:
     """Answers conversations with a model in this process. See `engine.protocol.Engine`.
 
@@ -59,8 +49,7 @@ class LocalEngine:
     def __init__(self, state: EngineState, book: LedgerBook, capabilities: Capabilities) -> None:
         self._state, self._book, self._capabilities = state, book, capabilities
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._waiting: list[TurnRun] = []
-        self._running: list[_Active] = []
+        self._turns = TurnQueue(state, self._after)
         self._answers = 0
         self._ticked = 0.0
         self._closed = False
@@ -186,14 +175,12 @@ class LocalEngine:
 
     def stop(self) -> None:
         """Cancel every turn, waiting ones too. Returns at once."""
-        for run in (*self._waiting, *(active.run for active in tuple(self._running))):
-            run.cancelled = True
+        self._post(self._turns.cancel)
 
     def close(self) -> None:
         """Cancel what runs, end the thread, and free every module. The engine answers nothing afterwards."""
         if self._closed:
             return
-        self.stop()
         self._closed = True
         self._inbox.put(None)
         if threading.current_thread() is not self._thread:
@@ -218,56 +205,22 @@ class LocalEngine:
     # what only the engine's thread does
 
     def work(self) -> None:
-        """One round: begin one turn that can begin, read one token of every turn under way, and do what is due."""
-        for run in tuple(self._waiting):
-            if run.cancelled:
-                self._waiting.remove(run)
-                run.withdraw()
-            elif not run.conversation.busy:
-                self._waiting.remove(run)
-                run.conversation.busy = True
-                steps = run.steps()
-                self._advance(run, steps, partial(next, steps))
-                break
-        if self._running:
-            active, self._running = self._running, []
-            self._decode(active)
+        """One round of the turns under way, and what is due."""
+        self._turns.round()
         now = time.monotonic()
         if now - self._ticked >= _TICK:
             self._ticked = now
             self._state.residency.tick(time.time())
 
-    def _advance(self, run: TurnRun, steps: Steps, step: Callable[[], int]) -> None:
-        """Let a turn go on until it has a token to be read, or has ended."""
-        try:
-            self._running.append(_Active(run, steps, step()))
-        except StopIteration:
-            self._after()
-
-    def _decode(self, active: Sequence[_Active]) -> None:
-        """Read a token of every turn, in one batch; where that fails for all together, one by one."""
-        state = self._state
-        state.enter("decode", *(one.run.peaks for one in active))
-        state.in_use = frozenset(name for name in state.residency if name not in ("vision", "audio"))
-        own = active[0].run.conversation if len(active) == 1 else None
-        kvs, tokens = [one.run.conversation.kv for one in active], [one.token for one in active]
-        failure: Exception | None = None
-        try:
-            logits = recovering(state, "decode", own, lambda: state.stepper.decode(kvs, tokens))
-        except Exception as error:  # noqa: BLE001 - it belongs to the turns
-            failure = error.with_traceback(None)
-        if failure is None:
-            for one, after in zip(active, logits, strict=True):
-                self._advance(one.run, one.steps, partial(one.steps.send, after))
-        elif len(active) > 1:
-            for one in active:
-                self._decode([one])
-        else:
-            self._advance(active[0].run, active[0].steps, partial(active[0].steps.throw, failure))
-
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return self._turns.any
+
+    def finish(self) -> None:
+        """Cancel every turn and let it end, so that nobody waits for ever."""
+        while self.has_work:
+            self._turns.cancel()
+            self.work()
 
     def _begin(self, turn: Turn, messages: tuple[Message, ...], settings: GenerationPolicy, live: bool) -> None:
         run = TurnRun(self._state, turn, self._state.conversations.get(turn.conversation), messages, settings)
@@ -276,7 +229,7 @@ class LocalEngine:
         if live and not run.cancelled:
             run.sound = LiveSound(self._state.model)
         else:
-            self._waiting.append(run)
+            self._turns.add(run)
 
     def _after(self) -> None:
         state = self._state
@@ -284,7 +237,7 @@ class LocalEngine:
         for conversation in state.conversations.idle_by_age()[: -state.policy.kv.max_conversations]:
             evict(state, conversation, f"more than kv.max_conversations = {state.policy.kv.max_conversations}")
         why = state.reclaimer.due(self._answers, self.ledger(), state.policy.reclaim)
-        if why and not self._running:
+        if why and not self.has_work:
             self._answers = 0
             state.reclaim(why)
 
@@ -324,7 +277,7 @@ class LocalEngine:
             asked: tuple[AudioPart | TextPart, ...] = (part,) if text is None else (part, TextPart(text))
             job.messages = _with_parts(job.messages, asked)
             job.start_clock()
-            self._waiting.append(job)
+            self._turns.add(job)
 
         self._call(run)
 
@@ -381,8 +334,10 @@ def _serve(
         except queue.Empty:
             command = _IDLE
         engine = reference()
-        if engine is None or command is None:
-            _cancel_rest(engine)
+        if engine is None:
+            return
+        if command is None:
+            engine.finish()
             return
         if command is not _IDLE:
             run, future = command
@@ -400,15 +355,6 @@ def _serve(
 
 
 _IDLE: Any = object()
-
-
-def _cancel_rest(engine: LocalEngine | None) -> None:
-    """Finish every turn under way, so that nobody waits for ever."""
-    if engine is None:
-        return
-    while engine.has_work:
-        engine.stop()
-        engine.work()
 
 
 def _close(state: EngineState, book: LedgerBook) -> None:

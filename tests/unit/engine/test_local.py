@@ -126,6 +126,16 @@ def test_stop_ends_the_answer_and_keeps_what_was_said(wb: lab.Workbench) -> None
     assert wb.chat("Who are you?", conversation="after").result(30).finish_reason == "stop"
 
 
+def test_stop_ends_every_turn_under_way(wb: lab.Workbench) -> None:
+    turns = [
+        wb.chat("Who are you?", conversation=name, max_new_tokens=4000, min_new_tokens=3000) for name in ("a", "b", "a")
+    ]
+    while not all(turn.text for turn in turns[:2]):
+        time.sleep(0.01)
+    wb.stop()
+    assert [turn.result(30).finish_reason for turn in turns] == ["cancelled"] * 3
+
+
 def test_a_turn_cancelled_while_it_waits_never_runs(wb: lab.Workbench) -> None:
     first = wb.chat("Who are you?", max_new_tokens=2000, min_new_tokens=1500)
     second = wb.chat("Who are you?")
