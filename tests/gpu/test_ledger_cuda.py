@@ -70,7 +70,8 @@ def test_reclaiming_returns_the_allocator_s_cache(book: LedgerBook, accelerator:
     assert event.nbytes is not None
     assert event.nbytes >= GiB
     after = closed(book.read())
-    assert before.of_kind("allocator cache") - after.of_kind("allocator cache") >= GiB
+    # Small blocks of other owners may stay in the cache: a segment of theirs is 2 MiB.
+    assert before.of_kind("allocator cache") - after.of_kind("allocator cache") >= GiB - 4 * MiB
     assert after.free - before.free >= GiB
 
 

@@ -162,7 +162,8 @@ def test_parking_gives_the_bytes_back_and_waking_gives_the_answers_back(loaded: 
     assert text.nbytes > GiB // 2
     before = free()
     text.park(place)  # type: ignore[arg-type]
-    assert free() - before >= text.nbytes
+    # The driver takes a little for itself when host memory is pinned for the first time.
+    assert free() - before >= text.nbytes - 4 * MiB
     assert text.place == place
     text.wake()
     assert abs(before - free()) < 4 * MiB
@@ -292,13 +293,14 @@ def test_a_folder_is_read_in_its_own_dtype(accelerator: Accelerator, tmp_path: P
 
 def test_an_attached_model_moves_into_slabs(accelerator: Accelerator) -> None:
     small = config(layers=2)
+    held = torch.cuda.memory_allocated()
     model = model_class(small)(small).to(torch.bfloat16).cuda().eval()
     with torch.no_grad():
         expected = model(input_ids=IDS.cuda()).logits.clone()
     residency = Residency(adopt(model), accelerator)
     residency.materialise()
     assert torch.equal(logits(residency), expected)
-    assert torch.cuda.memory_allocated() < 64 * MiB
+    assert torch.cuda.memory_allocated() - held < 64 * MiB
     before = free()
     residency["text"].park()
     assert free() - before >= residency["text"].nbytes
