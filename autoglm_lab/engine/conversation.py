@@ -73,4 +73,4 @@ class Conversations:
     def holdings(self) -> Iterable[Row]:
         for one in tuple(self._by_name.values()):
             counts = f"keys and values of {len(one.kv.ids):,} tokens of conversation '{one.name}'"
-            yield Row(f"KV {one.name}", "kv", "device", one.kv.nbytes, counts)
+            yield Row(f"KV {one.name}", "kv", "device", one.kv.own_nbytes, counts)

@@ -34,6 +34,10 @@ class MediaRun:
     length: int
     digest: str
 
+    @property
+    def span(self) -> tuple[int, int, str]:
+        return self.start, self.length, self.digest
+
 
 @dataclass(frozen=True)
 class Prompt:

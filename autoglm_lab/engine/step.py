@@ -23,7 +23,8 @@ from transformers.generation.logits_process import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
-from autoglm_lab.memory.kv_pool import KvPool, PagedCache, PagedSequence
+from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PagedCache, PagedSequence
+from autoglm_lab.memory.prefix_index import page_keys
 from autoglm_lab.policy import GenerationPolicy
 
 
@@ -53,6 +54,11 @@ class KvState:
         tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes of the keys and values that no other conversation holds too."""
+        return self.nbytes if self.paged is None else self.paged.own_nbytes
+
     def clear(self) -> None:
         """Forget everything; the keys and values are given back."""
         self.ids, self.blocks, self.runs, self.own, self.position_state = [], None, (), None, {}
@@ -75,11 +81,41 @@ class KvState:
         self.blocks = None if self.blocks is None else self.blocks[:length]
         self.runs = tuple(run for run in self.runs if run.start < length)
 
-    def reusable(self, prompt: Prompt) -> int:
-        """How many leading tokens of ``prompt`` need no prefill."""
+    def begin(self, prompt: Prompt, *, share: bool = True) -> int:
+        """Keep what ``prompt`` begins with, or hold it together with another conversation that began so.
+
+        Returns:
+            Leading tokens of ``prompt`` that need no prefill.
+        """
         if self.position_state or (self.paged is None and (self.own is None or not _croppable(self.own))):
+            self.clear()
             return 0
-        return reusable(prompt, self.ids, self.blocks, self.runs)
+        length = reusable(prompt, self.ids, self.blocks, self.runs)
+        if self.paged is not None and share:
+            length = max(length, self._adopt(self.paged, prompt, length))
+        self.keep(length)
+        return length
+
+    def publish(self) -> None:
+        """Let other conversations find the full pages."""
+        if self.paged is not None and not self.position_state:
+            keys = page_keys(self.ids, self.blocks, [run.span for run in self.runs], PAGE_TOKENS)
+            self.paged.pool.prefixes.add(keys, self.paged.pages[: len(keys)])
+
+    def _adopt(self, paged: PagedSequence, prompt: Prompt, own: int) -> int:
+        """Hold the pages of other conversations that begin as ``prompt``, where that is more than ``own`` tokens."""
+        keys = page_keys(prompt.ids, prompt.blocks, [run.span for run in prompt.runs], PAGE_TOKENS)
+        pages = paged.pool.prefixes.find(keys)
+        held = len(pages) * PAGE_TOKENS
+        blocks = None if prompt.blocks is None else prompt.blocks[:held]
+        runs = [run for run in prompt.runs if run.start + run.length <= held]
+        length = reusable(prompt, prompt.ids[:held], blocks, runs)
+        if length <= own:
+            return 0
+        paged.adopt(pages)
+        self.ids, self.runs = list(prompt.ids[:held]), tuple(runs)
+        self.blocks = None if blocks is None else list(blocks)
+        return length
 
 
 class Stepper:
@@ -93,12 +129,11 @@ class Stepper:
 
     @torch.no_grad()
     def prefill(self, state: KvState, prompt: Prompt, start: int) -> torch.Tensor:
-        """Read ``prompt`` from token ``start`` on; what is before stands in ``state``.
+        """Read ``prompt`` from token ``start`` on; what is before stands in ``state`` (see `KvState.begin`).
 
         Returns:
             Logits ``[vocab]`` after the last token, float32.
         """
-        state.keep(start)
         device = self._model.device
         arguments: dict[str, Any] = {name: value.to(device) for name, value in prompt.inputs_from(start).items()}
         arguments |= _live_audio(self._model, prompt, start, arguments)
@@ -107,6 +142,7 @@ class Stepper:
         logits = self._one(state, prompt.ids[start:], arguments)
         state.blocks = None if prompt.blocks is None else [*prompt.blocks]
         state.runs = prompt.runs
+        state.publish()
         return logits
 
     @torch.no_grad()

@@ -76,10 +76,11 @@ class TurnRun:
 
     def _answer(self) -> Generator[int, torch.Tensor, Answer]:
         state, conversation = self._state, self.conversation
-        if not state.policy.kv.reuse:
+        reuse = state.policy.kv.reuse
+        if not reuse:
             conversation.kv.clear()
         history, prompt, limit = self._fit()
-        start = conversation.kv.reusable(prompt)
+        start = recovering(state, "prefill", conversation, lambda: conversation.kv.begin(prompt, share=reuse))
         self._wake(prompt, start)
         state.enter("prefill", self.peaks)
         logits = recovering(
@@ -111,6 +112,7 @@ class TurnRun:
             self.turn.emit(delta)
         spoken = Message("assistant", (TextPart(reader.text),))
         conversation.messages = (*history, *self.messages, spoken)
+        conversation.kv.publish()
         state.enter("idle")
         return self._finished(reader.text, reader.reasoning, reason, prompt, start, count)
 

@@ -22,6 +22,7 @@ from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.page_region import CudaPageRegion, HostPageRegion, PageRegion
+from autoglm_lab.memory.prefix_index import PrefixIndex
 
 PAGE_TOKENS = 16
 
@@ -75,6 +76,8 @@ class KvPool:
         self._free: list[int] = []
         self._fresh, self._pages = 0, pages
         self._users: dict[int, int] = {}
+        self._holders: dict[int, int] = {}
+        self.prefixes = PrefixIndex()
         self._closed = False
         values = self._region.bytes[: pages * self._stride].view(shape.dtype)
         per_token = shape.kv_heads * shape.head_dim
@@ -113,25 +116,50 @@ class KvPool:
             for _ in range(count):
                 page = heapq.heappop(self._free) if self._free else self._fresh
                 self._fresh = max(self._fresh, page + 1)
+                self._holders[page] = 1
                 taken.append(page)
                 self._back(page)
         except MemoryError:
+            heapq.heappush(self._free, taken.pop())
             self.put(taken)
             raise OutOfMemoryError("KV cache", wanted, had) from None
         return taken
 
-    def put(self, pages: Iterable[int]) -> None:
-        """Take pages back. On a CPU their memory goes back to the system at once, on CUDA with `trim`."""
+    def share(self, pages: Iterable[int]) -> None:
+        """Let one more conversation hold ``pages``, which are in use."""
         for page in pages:
+            self._holders[page] += 1
+
+    def put(self, pages: Iterable[int]) -> None:
+        """Let a conversation's pages go; those that no other holds are free.
+
+        On a CPU their memory goes back to the system at once, on CUDA with `trim`.
+        """
+        for page in pages:
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            self.prefixes.forget(page)
             heapq.heappush(self._free, page)
             for chunk in self._chunks(page):
-                self._users[chunk] = self._users.get(chunk, 1) - 1
+                self._users[chunk] -= 1
         if self._device.type == "cpu":
             self.trim()
 
+    def holders(self, page: int) -> int:
+        """How many conversations hold a page."""
+        return self._holders.get(page, 0)
+
+    def copy(self, page: int) -> int:
+        """A page of its own with the contents of ``page``. Raises `OutOfMemoryError`."""
+        (own,) = self.take(1)
+        self._store[own].copy_(self._store[page])
+        return own
+
     def trim(self) -> int:
         """Give the memory of unused pages back to the system. Returns bytes."""
-        idle = [chunk for chunk, users in self._users.items() if users <= 0]
+        idle = [chunk for chunk, users in self._users.items() if not users]
         if idle and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         for chunk in idle:
@@ -145,6 +173,10 @@ class KvPool:
         return self._store[:, index]
 
     def holdings(self) -> Iterable[Row]:
+        shared = sum(holders > 1 for holders in tuple(self._holders.values()))
+        if shared:
+            counts = f"{shared * PAGE_TOKENS:,} tokens that several conversations begin with, stored once"
+            yield Row("KV shared prefixes", "kv", "device", shared * self._stride, counts)
         idle = self.backed - self.used_pages * self._stride
         if idle > 0:
             yield Row("KV pages, unused", "kv", "device", idle, "pages that no conversation holds, kept for the next")
@@ -165,7 +197,8 @@ class KvPool:
                 self._region.back(chunk)
                 self._users[chunk] = 0
                 self._count(1)
-            self._users[chunk] = max(0, self._users[chunk]) + 1
+        for chunk in self._chunks(page):
+            self._users[chunk] += 1
 
     def _chunks(self, page: int) -> range:
         start = page * self._stride
@@ -186,7 +219,13 @@ class PagedSequence:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its pages, those included that others hold too."""
         return len(self.pages) * self.pool.page_bytes
+
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes of the pages that it alone holds."""
+        return sum(self.pool.holders(page) == 1 for page in tuple(self.pages)) * self.pool.page_bytes
 
     def reserve(self, tokens: int) -> None:
         """Take pages for ``tokens`` more tokens. Raises `OutOfMemoryError`; nothing was taken then."""
@@ -195,10 +234,27 @@ class PagedSequence:
             self.pages += self.pool.take(needed)
 
     def keep(self, tokens: int) -> None:
-        """Keep the first ``tokens`` tokens and return the pages behind them."""
+        """Keep the first ``tokens`` tokens and let the pages behind them go.
+
+        A page that is cut while others hold it is copied first, since the next tokens are written into it. Raises
+        `OutOfMemoryError` where there is no room for the copy; everything is as before then.
+        """
         kept = -(-tokens // PAGE_TOKENS)
+        if tokens % PAGE_TOKENS:
+            cut = self.pages[kept - 1]
+            if self.pool.holders(cut) > 1:
+                self.pages[kept - 1] = self.pool.copy(cut)
+                self.pool.put([cut])
+            else:
+                self.pool.prefixes.forget(cut)
         self.pool.put(self.pages[kept:])
         self.pages, self.tokens = self.pages[:kept], tokens
+
+    def adopt(self, pages: Sequence[int]) -> None:
+        """Begin anew with full pages of other conversations, held by them too."""
+        self.pool.share(pages)
+        self.pool.put(self.pages)
+        self.pages, self.tokens = list(pages), len(pages) * PAGE_TOKENS
 
 
 class PagedCache(Cache):

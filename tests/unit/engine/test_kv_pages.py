@@ -14,6 +14,7 @@ from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.step import KvState, Stepper
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PageShape
+from autoglm_lab.memory.prefix_index import page_keys
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -113,6 +114,76 @@ def test_a_step_that_fails_half_way_leaves_nothing_behind(model: Any, monkeypatc
     assert pool.used_pages == used
     for state, logits in zip(states, stepper.decode(states, [3, 4]), strict=True):
         torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
+
+
+def ask(stepper: Stepper, state: KvState, ids: list[int]) -> tuple[int, torch.Tensor]:
+    question = Prompt(tuple(ids), None, ())
+    start = state.begin(question)
+    return start, stepper.prefill(state, question, start)
+
+
+def test_conversations_that_begin_alike_hold_the_same_pages(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    (common,) = prompts([40])
+    first, second = KvState(pool), KvState(pool)
+    ask(stepper, first, [*common.ids, 5, 6, 7])
+    start, logits = ask(stepper, second, [*common.ids, 8, 9])
+    assert start == 32
+    torch.testing.assert_close(logits, plain_logits(model, second.ids), atol=1e-5, rtol=1e-4)
+    assert first.paged.pages[:2] == second.paged.pages[:2]
+    assert first.own_nbytes + second.own_nbytes == 2 * pool.page_bytes
+    (row,) = [row for row in pool.holdings() if row.name == "KV shared prefixes"]
+    assert row.nbytes == 2 * pool.page_bytes
+    assert pool.used_pages == 4
+    first.clear()
+    (logits,) = stepper.decode([second], [3])
+    torch.testing.assert_close(logits, plain_logits(model, second.ids), atol=1e-5, rtol=1e-4)
+    assert second.own_nbytes == second.nbytes
+    second.clear()
+    assert pool.used_pages == 0
+    assert ask(stepper, first, [*common.ids, 5])[0] == 0
+
+
+def test_a_shared_page_that_is_cut_is_copied_before_it_is_written(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    (common,) = prompts([48])
+    first, second = KvState(pool), KvState(pool)
+    ask(stepper, first, [*common.ids, 5])
+    ask(stepper, second, [*common.ids, 6])
+    start, logits = ask(stepper, second, [*common.ids[:40], 99, 98, 97])
+    assert start == 40
+    torch.testing.assert_close(logits, plain_logits(model, second.ids), atol=1e-5, rtol=1e-4)
+    (logits,) = stepper.decode([first], [3])
+    torch.testing.assert_close(logits, plain_logits(model, first.ids), atol=1e-5, rtol=1e-4)
+
+
+def test_a_page_that_was_cut_and_written_is_not_found_by_its_old_key(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    (common,) = prompts([32])
+    first, second = KvState(pool), KvState(pool)
+    ask(stepper, first, [*common.ids, 5])
+    ask(stepper, first, [*common.ids[:20], *[77] * 20])
+    start, logits = ask(stepper, second, [*common.ids, 6])
+    assert start == 16
+    torch.testing.assert_close(logits, plain_logits(model, second.ids), atol=1e-5, rtol=1e-4)
+
+
+def test_a_page_inside_a_block_is_shared_only_with_the_rest_of_the_block() -> None:
+    ids, blocks = list(range(1, 41)), [-1, *[0] * 35, *[-1] * 4]
+    keys = page_keys(ids, blocks, (), PAGE_TOKENS)
+    other = page_keys([*ids[:34], 99, *ids[35:]], blocks, (), PAGE_TOKENS)
+    after = page_keys([*ids[:37], 99, *ids[38:]], blocks, (), PAGE_TOKENS)
+    assert len(keys) == 2
+    assert keys[0] != other[0]
+    assert keys == after
+    assert page_keys(ids, None, (), PAGE_TOKENS) == page_keys([*ids[:34], 99], None, (), PAGE_TOKENS)
+
+
+def test_pages_with_another_picture_are_not_shared() -> None:
+    ids = [7] * 32
+    one, same, other = (page_keys(ids, None, [(4, 20, digest)], PAGE_TOKENS) for digest in ("a", "a", "b"))
+    assert one == same
+    assert not set(one) & set(other)
 
 
 def test_memory_of_a_forgotten_conversation_goes_back_to_the_system() -> None:

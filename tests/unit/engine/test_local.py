@@ -89,6 +89,25 @@ def test_conversations_side_by_side_do_not_disturb_each_other(wb: lab.Workbench,
     assert [turn.result(60).text for turn in turns] == alone
 
 
+def test_a_system_prompt_is_read_and_stored_once_for_all_conversations(wb: lab.Workbench, picture: Any) -> None:
+    system = "You look at screens and answer briefly, as a careful person would do it. " * 4
+    answers = []
+    for name in ("one", "two"):
+        turn = wb.chat("Tap the red circle", system=system, image=picture, conversation=name)
+        answers.append(turn.result(60))
+    assert answers[0].text == answers[1].text
+    assert answers[0].usage.cached_tokens == 0
+    assert answers[1].usage.cached_tokens > 64
+    shared = wb.memory.nbytes("KV shared prefixes")
+    assert shared > 0
+    rows = wb.memory.of_kind("kv")
+    assert rows < sum(info.kv_bytes for info in wb.conversations)
+    wb.drop("one")
+    assert wb.memory.nbytes("KV shared prefixes") == 0
+    follow_up = wb.chat("And the blue one?", conversation="two").result(60)
+    assert follow_up.usage.cached_tokens > 64
+
+
 def test_two_turns_of_one_conversation_wait_for_each_other(wb: lab.Workbench) -> None:
     first, second = wb.chat("Who are you?"), wb.chat("And what can you do?")
     assert first.result(60).usage.prompt_tokens < second.result(60).usage.cached_tokens + 16
