@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from autoglm_lab.errors import PolicyError
-from autoglm_lab.units import parse_bytes
+from autoglm_lab.units import exact_bytes, parse_bytes
 
 
 def _off(value: Any) -> Any:
@@ -25,7 +34,7 @@ def _off(value: Any) -> Any:
 
 Residency = Annotated[Literal["keep", "on-demand", "off"], BeforeValidator(_off)]
 Overflow = Literal["stop", "drop-oldest-turns", "refuse"]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(exact_bytes, when_used="json"), Field(ge=0)]
 
 
 class _Part(BaseModel):

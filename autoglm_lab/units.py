@@ -37,6 +37,14 @@ def format_bytes(nbytes: int | None) -> str:
     return f"{sign}{size} B"
 
 
+def exact_bytes(nbytes: int) -> str | int:
+    """Bytes in the largest unit that says them exactly: ``8GiB``, ``1536MiB``; a number where none does."""
+    for unit, size in (("GiB", GiB), ("MiB", MiB), ("KiB", KiB)):
+        if nbytes and nbytes % size == 0:
+            return f"{nbytes // size}{unit}"
+    return nbytes
+
+
 def parse_bytes(text: str | int) -> int:
     """Bytes from ``"24GiB"``, ``"512 MB"`` or an int.
 

@@ -151,7 +151,9 @@ def _read_image(source: Any, limits: Limits) -> ImagePart:
         if pixels > limits.image_pixels:
             raise MediaError(f"the image has {pixels:,} pixels, the limit is {limits.image_pixels:,}: make it smaller")
         rgb = image.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+    except UnidentifiedImageError:
+        raise MediaError(f"cannot read the image{_name(source)}: it is no PNG, JPEG or other known picture") from None
+    except (Image.DecompressionBombError, OSError, SyntaxError) as error:
         raise MediaError(f"cannot read the image{_name(source)}: {error}") from None
     digest = hashlib.sha256(rgb.tobytes() + repr(rgb.size).encode()).hexdigest()
     return ImagePart(rgb, digest)
@@ -189,7 +191,8 @@ def _decode_audio(source: Any, limits: Limits) -> tuple[Any, int]:
                 )
             return file.read(dtype="float32", always_2d=True), file.samplerate
     except soundfile.SoundFileError as error:
-        raise MediaError(f"cannot read the sound{_name(source)}: {error}") from None
+        reason = str(error).rpartition(": ")[2]
+        raise MediaError(f"cannot read the sound{_name(source)}: {reason}") from None
 
 
 def _open(source: Any, limits: Limits, what: str) -> io.BytesIO:

@@ -50,7 +50,7 @@ class Row:
     counts: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """One reading.
 
@@ -98,6 +98,8 @@ class Ledger:
 
     def __str__(self) -> str:
         return text(self)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return html(self)

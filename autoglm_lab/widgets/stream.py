@@ -21,7 +21,7 @@ async def stream_into_cell(turn: Turn) -> None:
         return
     from IPython.display import display
 
-    handle = display(_View(turn), display_id=True)
+    handle = display(_View(turn), display_id=True)  # type: ignore[no-untyped-call]
     shown = time.monotonic()
     try:
         async for event in turn:
@@ -56,5 +56,5 @@ def _kernel() -> Any:
         from IPython.core.getipython import get_ipython
     except ImportError:
         return None
-    shell = get_ipython()  # type: ignore[no-untyped-call]
+    shell = get_ipython()
     return shell if shell is not None and hasattr(shell, "kernel") else None

@@ -1,0 +1,137 @@
+"""The chat: text, images and sounds in, streaming answers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import traitlets
+
+from autoglm_lab.engine.protocol import Engine
+from autoglm_lab.errors import LabError, MessageError
+from autoglm_lab.widgets import sample_cards
+from autoglm_lab.widgets.attachments import LIMIT, MOST_FILES, Attachment, read_attachments
+from autoglm_lab.widgets.panel import Host, Panel, message_of
+from autoglm_lab.widgets.settings import set_policy
+from autoglm_lab.widgets.snapshot import Snapshot
+from autoglm_lab.widgets.transcript import Transcript, transcript_of
+
+GENERATION = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
+_MOST_TEXT = 100_000
+
+
+class ChatPanel(Panel):
+    """One conversation at a time, with those there are to choose from.
+
+    Attributes:
+        messages: the finished messages of the conversation. Default empty.
+        running: the answer under way; empty: none.
+    """
+
+    name = "chat_panel"
+    parts = ("chat_messages",)
+
+    messages: traitlets.List[dict[str, Any]] = traitlets.List().tag(sync=True)
+    running = traitlets.Dict().tag(sync=True)
+
+    def __init__(self, host: Host | None = None, **settings: Any) -> None:
+        """As `Panel`."""
+        self._conversation = "main"
+        self._shown: tuple[str, int] = ("", -1)
+        self._samples: list[dict[str, Any]] | None = None
+        super().__init__(host, **settings)
+
+    # what is shown; the refresher alone calls these
+
+    def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
+        policy, able = snapshot.policy, snapshot.capabilities
+        if self._samples is None:
+            self._samples = sample_cards.cards(able.modalities)
+        known = [conversation.name for conversation in snapshot.conversations]
+        told = self._transcript().conversations() if self.host else []
+        return {
+            "conversation": self._conversation,
+            "conversations": list(dict.fromkeys([*told, *known, self._conversation])),
+            "elsewhere": any(c.name == self._conversation and c.turns for c in snapshot.conversations),
+            "forgotten": self._conversation in told and self._conversation not in known,
+            "modalities": list(able.modalities),
+            "can_think": able.thinking,
+            "thinking": policy.generation.thinking,
+            "generation": {name: getattr(policy.generation, name) for name in GENERATION},
+            "samples": self._samples,
+            "limit": LIMIT,
+            "most_files": MOST_FILES,
+        }
+
+    def push(self) -> bool:
+        """Send what was said since; True while an answer of any conversation is under way."""
+        transcript = self._transcript()
+        transcript.settle()
+        reply = transcript.running(self._conversation)
+        version = (self._conversation, transcript.version)
+        if version != self._shown:
+            self._shown = version
+            self.messages = transcript.messages(self._conversation)
+        self._put("running", reply.card() if reply else {})
+        return transcript.any_running()
+
+    def _transcript(self) -> Transcript:
+        if self.host is None:
+            raise LabError("this chat belongs to no dashboard")
+        return transcript_of(self.host.bench)
+
+    # what the person does
+
+    def do_send(self, content: Mapping[str, Any], buffers: Sequence[memoryview]) -> None:
+        """Say something: ``text``, ``files`` with one buffer each, ``sample`` names a sample file to add."""
+        if self.host is None:
+            return
+        text = str(content.get("text", "")).strip()
+        attachments = read_attachments(content.get("files", []), buffers)
+        if len(text) > _MOST_TEXT:
+            raise MessageError(f"a message takes at most {_MOST_TEXT:,} characters, this one has {len(text):,}")
+        if not text and not attachments and not content.get("sample"):
+            return
+        say = self._saying(text, attachments, content.get("sample"), content.get("thinking"))
+        self.run("send", say, lane="chat")
+
+    def _saying(self, text: str, attachments: list[Attachment], sample: object, thinking: object) -> Callable[[], None]:
+        host, conversation, transcript = self.host, self._conversation, self._transcript()
+        if host is None:
+            raise LabError("this chat belongs to no dashboard")
+        engine: Engine = host.bench.engine
+
+        def say() -> None:
+            files = [*sample_cards.files(sample), *attachments]
+            transcript.ask(conversation, text, [file.card() for file in files])
+            parts = [file.part() for file in files] + ([{"type": "text", "text": text}] if text else [])
+            options = {"thinking": thinking} if isinstance(thinking, bool) else {}
+            try:
+                turn = engine.submit([{"role": "user", "content": parts}], conversation=conversation, **options)
+            except (LabError, ValueError, OSError) as error:
+                transcript.refuse(conversation, message_of(error))
+                return
+            transcript.answer(conversation, turn, host.wake)
+
+        return say
+
+    def do_stop(self, _content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        reply = self._transcript().running(self._conversation)
+        if reply is not None:
+            self.run("stop", reply.turn.cancel, lane="stop")
+
+    def do_conversation(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Show another conversation; an empty name begins a new one."""
+        known = self.state.get("conversations", [])
+        name = str(content.get("name", "")).strip()[:60]
+        self._conversation = name or next(f"chat {n}" for n in range(2, 10_000) if f"chat {n}" not in known)
+        if self.host is not None:
+            self.host.wake()
+
+    def do_generation(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Change one of `GENERATION`, or ``thinking``."""
+        setting = str(content["setting"])
+        if self.host is None or setting not in (*GENERATION, "thinking"):
+            return
+        bench, value = self.host.bench, content["value"]
+        self.run(setting, lambda: set_policy(bench, generation={setting: value}))

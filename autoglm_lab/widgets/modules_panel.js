@@ -1,0 +1,105 @@
+// One line a module: what it is, where it is, and its switch.
+
+export default panel({
+  name: "modules_panel",
+  build(ui) {
+    const list = h("div", { class: "algm-modules" });
+    const places = segmented({
+      label: ui.t("park to"),
+      onPick: (place) => ui.send("park_to", { place }),
+      options: ["auto", "host", "disk"].map((place) => [place, ui.t(`place ${place}`), ui.t(`place ${place} hint`)]),
+    });
+    const alive = field({
+      label: ui.t("keep alive"),
+      type: "number",
+      min: 0,
+      step: 5,
+      inputmode: "numeric",
+      onDone: (value) => ui.send("keep_alive", { seconds: Number(value) }),
+    });
+    const unit = h("span", { class: "algm-dim" }, ui.t("s idle"));
+    const foot = h(
+      "div",
+      { class: "algm-row algm-foot" },
+      h("span", { class: "algm-label" }, ui.t("park to")),
+      places.node,
+      h("span", { class: "algm-pair" }, h("span", { class: "algm-dim" }, ui.t("after")), alive.node, unit),
+    );
+    const node = h("div", {}, h("h4", {}, ui.t("title")), list, foot);
+    const lines = new Map();
+
+    function line(name) {
+      const mark = h("span", { class: "algm-swatch", "aria-hidden": "true" });
+      const size = h("span", { class: "algm-num" });
+      const where = h("span", { class: "algm-dim algm-where" });
+      const move = h("button", { type: "button", class: "algm-button algm-icon" });
+      const pick = segmented({
+        label: `${name}: ${ui.t("residency")}`,
+        options: ["keep", "on-demand", "off"].map((r) => [r, ui.t(`residency ${r}`), ui.t(`residency ${r} hint`)]),
+        onPick: (residency) => ui.send("residency", { module: name, residency }),
+      });
+      const node = h(
+        "div",
+        { class: "algm-module", "data-module": name },
+        mark,
+        h("span", { class: "algm-name" }, h("b", {}, name), size),
+        where,
+        move,
+        pick.node,
+      );
+      return {
+        node,
+        update(module, control) {
+          const busy = ui.busy(name),
+            here = module.place === "device",
+            moving = busy || module.place === "moving";
+          mark.dataset.colour = module.colour;
+          node.dataset.place = module.place;
+          size.textContent = formatBytes(module.nbytes);
+          size.title = module.dtype;
+          where.textContent = moving ? ui.t("moving") : whereabouts(module);
+          where.title = module.last ? told(module.last) : "";
+          const doing = here ? "park" : "wake";
+          move.textContent = ui.t(doing);
+          move.title = ui.t(`${doing} now`, { name });
+          move.setAttribute("aria-label", move.title);
+          move.onclick = () => {
+            move.disabled = true;
+            ui.send("move", { module: name, to: doing });
+          };
+          move.disabled = moving || !control || (!here && module.residency === "off");
+          pick.set(module.residency, moving || !control);
+        },
+      };
+    }
+    function whereabouts({ place, last }) {
+      const took = last && last.seconds !== null ? formatSeconds(last.seconds) : "";
+      if (place === "device") return took && last.kind === "woke" ? `${ui.t("event woke")} ${took}` : ui.t("on device");
+      return ui.t(`on ${place}`) + (took && last.kind === "parked" ? ` · ${took}` : "");
+    }
+    function told(last) {
+      const kind = ui.t(`event ${last.kind}`),
+        took = last.seconds !== null ? ` ${formatSeconds(last.seconds)}` : "";
+      return `${kind} ${last.subject}${took}${last.nbytes ? ` ${formatBytes(last.nbytes)}` : ""}${last.why ? ` (${last.why})` : ""}`;
+    }
+    function update(state) {
+      for (const module of state.modules) {
+        if (!lines.has(module.name)) {
+          const made = line(module.name);
+          lines.set(module.name, made);
+          list.append(made.node);
+        }
+        lines.get(module.name).update(module, state.control);
+      }
+      for (const [name, made] of lines)
+        if (!state.modules.some((module) => module.name === name)) {
+          made.node.remove();
+          lines.delete(name);
+        }
+      for (const label of places.node.querySelectorAll("[data-value=host]")) label.hidden = state.host_is_device;
+      places.set(state.park_to, ui.busy("park_to") || !state.control);
+      alive.set(state.keep_alive, ui.busy("keep_alive") || !state.control);
+    }
+    return { node, update };
+  },
+});

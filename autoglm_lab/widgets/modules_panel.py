@@ -1,0 +1,84 @@
+"""The modules and their switches: which stay on the device, which come when they are needed, which are off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from autoglm_lab.engine.protocol import ModuleInfo
+from autoglm_lab.memory.ledger import Row
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.widgets.palette import colour_key, rank
+from autoglm_lab.widgets.panel import Panel
+from autoglm_lab.widgets.settings import set_policy
+from autoglm_lab.widgets.snapshot import Snapshot
+
+
+def modules_state(snapshot: Snapshot) -> dict[str, Any]:
+    """One entry a module, and the settings that all of them share (None where they differ)."""
+    modules = sorted(snapshot.modules, key=lambda module: rank(_row(module)))
+    policy, names = snapshot.policy, [module.name for module in modules]
+    return {
+        "modules": [_module(module, policy) for module in modules],
+        "park_to": _shared([policy.module(name).park_to for name in names]),
+        "keep_alive": _shared([policy.module(name).keep_alive for name in names]),
+        "control": snapshot.capabilities.memory_control,
+        "host_is_device": not snapshot.on_gpu,
+    }
+
+
+def _module(module: ModuleInfo, policy: MemoryPolicy) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "place": module.place,
+        "nbytes": module.nbytes,
+        "dtype": module.dtype,
+        "residency": policy.module(module.name).residency,
+        "colour": colour_key(_row(module)),
+        "last": asdict(module.last_event) if module.last_event else None,
+    }
+
+
+def _row(module: ModuleInfo) -> Row:
+    return Row(module.name, "weights", "device", module.nbytes)
+
+
+def _shared(values: list[Any]) -> Any:
+    return values[0] if values and all(value == values[0] for value in values) else None
+
+
+class ModulesPanel(Panel):
+    """State, size and last move of every module, and its residency."""
+
+    name = "modules_panel"
+
+    def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
+        return modules_state(snapshot)
+
+    def do_residency(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        name, residency = str(content["module"]), content["residency"]
+        self._change(name, {name: {"residency": residency}})
+
+    def do_park_to(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        self._change("park_to", {name: {"park_to": content["place"]} for name in self._names()})
+
+    def do_keep_alive(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        seconds = float(content["seconds"])
+        self._change("keep_alive", {name: {"keep_alive": seconds} for name in self._names()})
+
+    def do_move(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Park a module now, or wake it now; its residency stays as it is."""
+        if self.host is None:
+            return
+        name, engine = str(content["module"]), self.host.bench.engine
+        move = engine.park if content["to"] == "park" else engine.wake
+        self.run(name, lambda: move(name))
+
+    def _names(self) -> list[str]:
+        return [module["name"] for module in self.state.get("modules", [])]
+
+    def _change(self, key: str, modules: dict[str, Any]) -> None:
+        if self.host is not None:
+            bench = self.host.bench
+            self.run(key, lambda: set_policy(bench, modules=modules))

@@ -1,0 +1,210 @@
+// Shared by every panel (it stands before the panel's own file): elements, words, sizes, controls and the life cycle.
+// Text from outside only ever enters the page as text nodes or through checked data: URLs.
+
+function h(tag, props = {}, ...children) {
+  const svg = ["svg", "path", "polygon", "line", "rect"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "style") for (const [key, v] of Object.entries(value)) node.style.setProperty(key, v);
+    else if (name === "value" || name === "checked") node[name] = value;
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...solid(children));
+  return node;
+}
+const solid = (children) =>
+  children.flat(3).filter((child) => child !== null && child !== undefined && child !== false);
+
+function formatBytes(nbytes) {
+  if (nbytes === null || nbytes === undefined || Number.isNaN(nbytes)) return "n/a";
+  const size = Math.abs(nbytes),
+    sign = nbytes < 0 ? "-" : "";
+  if (size >= 2 ** 30) return `${sign}${(size / 2 ** 30).toFixed(2)} GiB`;
+  if (size >= 2 ** 20) return `${sign}${(size / 2 ** 20).toFixed(1)} MiB`;
+  if (size >= 2 ** 10) return `${sign}${(size / 2 ** 10).toFixed(1)} KiB`;
+  return `${sign}${Math.round(size)} B`;
+}
+
+function formatSeconds(seconds) {
+  if (seconds < 0.01) return `${(seconds * 1000).toFixed(1)} ms`;
+  if (seconds < 0.9995) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  return `${Math.floor(seconds / 60)} min ${Math.floor(seconds % 60)} s`;
+}
+
+const formatCount = (n) => Math.round(n).toLocaleString("en");
+const swatch = (colour) => h("span", { class: "algm-swatch", "data-colour": colour, "aria-hidden": "true" });
+
+function button(label, { title, kind = "", onClick, pressed } = {}) {
+  return h(
+    "button",
+    {
+      type: "button",
+      class: `algm-button ${kind}`,
+      title: title ?? label,
+      "aria-label": title ?? label,
+      "aria-pressed": pressed,
+      onclick: onClick,
+    },
+    label,
+  );
+}
+
+// One of several: real radio buttons, so arrow keys, focus and screen readers work by themselves.
+let groups = 0;
+function segmented({ label, options, onPick }) {
+  const group = `algm-${Date.now().toString(36)}-${++groups}`;
+  const inputs = new Map();
+  const items = options.map(([value, text, title]) => {
+    const input = h("input", {
+      type: "radio",
+      name: group,
+      "aria-label": `${label}: ${title ?? text}`,
+      onchange: () => onPick(value),
+    });
+    inputs.set(value, input);
+    return h("label", { title: title ?? text, "data-value": String(value) }, input, h("span", {}, text));
+  });
+  const node = h("span", { class: "algm-segmented", role: "radiogroup", "aria-label": label }, items);
+  const set = (value, disabled = false) => {
+    for (const [key, input] of inputs) {
+      input.checked = key === value;
+      input.disabled = disabled;
+    }
+    node.classList.toggle("is-busy", disabled);
+  };
+  return { node, set };
+}
+
+function checkbox(label, { title, onChange }) {
+  const input = h("input", { type: "checkbox", "aria-label": title ?? label, onchange: () => onChange(input.checked) });
+  const node = h("label", { class: "algm-check", title: title ?? label }, input, h("span", {}, label));
+  return {
+    node,
+    input,
+    set: (on, disabled = false) => {
+      input.checked = on;
+      input.disabled = disabled;
+    },
+  };
+}
+
+// A number or a size that is sent when the person is done with it (Enter, or leaving the field), and never overwritten
+// under their fingers.
+function field({ label, title, type = "text", onDone, ...attributes }) {
+  const input = h("input", { type, class: "algm-field", "aria-label": label, title: title ?? label, ...attributes });
+  let shown = "";
+  const done = () => {
+    if (input.value !== shown) {
+      shown = input.value;
+      onDone(input.value);
+    }
+  };
+  input.addEventListener("change", done);
+  input.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") done();
+  });
+  const set = (value, disabled = false) => {
+    shown = String(value ?? "");
+    if (document.activeElement !== input && input.getRootNode().activeElement !== input) input.value = shown;
+    input.disabled = disabled;
+  };
+  return { node: input, set };
+}
+
+function row(label, ...children) {
+  return h("div", { class: "algm-row" }, h("span", { class: "algm-label" }, label), ...children);
+}
+
+// panel({name, build(ui) -> {node, update(state)}, store?(model), frame?: false}): the module's default export.
+function panel({ name, build, store, bare = false }) {
+  return () => {
+    let shared; // lives as long as the widget, whatever views come and go
+    return {
+      initialize({ model }) {
+        shared = store?.(model);
+      },
+      render({ model, el, signal }) {
+        const words = () => model.get("labels") ?? {};
+        const ui = {
+          model,
+          signal,
+          shared,
+          t: (key, values = {}) =>
+            Object.entries(values).reduce((text, [k, value]) => text.replaceAll(`{${k}}`, value), words()[key] ?? key),
+          // Rows of the ledger that are no one's own have a word in every language; modules and conversations keep their names.
+          owner: (row) => words()[`kind ${row.kind}`] ?? row.name,
+          send: (what, args = {}, buffers = undefined) => model.send({ do: what, ...args }, undefined, buffers),
+          busy: (key) => (model.get("busy") ?? []).includes(key),
+          complain: (text) => show(text),
+          fail: (error) => show(`${ui.t("browser error")}: ${error?.message ?? error}`),
+        };
+        const problem = h("div", { class: "algm-problem", role: "alert", hidden: true });
+        const root = h(bare ? "div" : "section", {
+          class: `algm algm-${name}${bare ? "" : " algm-card"}`,
+          "data-lm-suppress-shortcuts": "true",
+        });
+        let body = null;
+
+        function show(text) {
+          problem.hidden = !text;
+          if (!text) return;
+          problem.replaceChildren(
+            h("span", {}, text),
+            button("×", {
+              title: ui.t("dismiss"),
+              kind: "algm-plain",
+              onClick: () => {
+                show("");
+                ui.send("dismiss");
+              },
+            }),
+          );
+        }
+        function guarded(action) {
+          try {
+            return action();
+          } catch (error) {
+            console.error(error);
+            ui.fail(error);
+            return undefined;
+          }
+        }
+        function draw() {
+          guarded(() => {
+            body?.gone?.();
+            root.setAttribute("aria-label", ui.t("title"));
+            body = build(ui);
+            root.replaceChildren(body.node, problem);
+          });
+          refresh();
+        }
+        function refresh() {
+          const state = model.get("state");
+          if (body && state && Object.keys(state).length) guarded(() => body.update(state));
+        }
+        const showProblem = () => show(model.get("problem"));
+        const handlers = [
+          ["change:labels", draw],
+          ["change:state", refresh],
+          ["change:busy", refresh],
+          ["change:problem", showProblem],
+        ];
+        for (const [event, handler] of handlers) model.on(event, handler);
+        const caught = (event) => {
+          if (root.contains(event.target)) ui.fail(event.error ?? event.message);
+        };
+        root.addEventListener("error", caught);
+        el.replaceChildren(root);
+        draw();
+        showProblem();
+        return () => {
+          for (const [event, handler] of handlers) model.off(event, handler);
+          body?.gone?.();
+        };
+      },
+    };
+  };
+}

@@ -1,0 +1,69 @@
+"""Everything the panels show, read once: each panel turns the same `Snapshot` into its own state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, Engine, ModuleInfo
+from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.policy import MemoryPolicy
+
+
+class Samples(Protocol):
+    """What the dashboard asks of a sampler."""
+
+    @property
+    def latest(self) -> Ledger | None: ...
+    def samples(self) -> tuple[Ledger, ...]: ...
+    def events(self) -> tuple[Event, ...]: ...
+    def on_sample(self, callback: Any) -> None: ...
+    def off_sample(self, callback: Any) -> None: ...
+
+
+class Bench(Protocol):
+    """What the dashboard asks of a workbench."""
+
+    policy: MemoryPolicy
+
+    @property
+    def engine(self) -> Engine: ...
+    @property
+    def sampler(self) -> Samples: ...
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One moment of a workbench."""
+
+    ledger: Ledger
+    policy: MemoryPolicy
+    phase: str
+    capabilities: Capabilities
+    modules: tuple[ModuleInfo, ...]
+    conversations: tuple[ConversationInfo, ...]
+    events: tuple[Event, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """False where the device is the host."""
+        return not self.ledger.device.startswith("CPU")
+
+
+def take(bench: Bench) -> Snapshot:
+    """Read the workbench. Cheap: the ledger is the sampler's latest, not a new reading.
+
+    Raises:
+        EngineClosedError: the workbench was closed.
+    """
+    engine, sampler = bench.engine, bench.sampler
+    return Snapshot(
+        ledger=sampler.latest or engine.ledger(),
+        policy=engine.policy,
+        phase=engine.phase,
+        capabilities=engine.capabilities,
+        modules=engine.modules(),
+        conversations=engine.conversations(),
+        events=sampler.events(),
+    )
