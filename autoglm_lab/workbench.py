@@ -118,7 +118,7 @@ class Workbench:
         )
         _mark_encoding(residency, state)
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
-        nbytes = sum(module.nbytes for module in residency.values())
+        nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
         for note in resolved.notes:
             state.event("note", note)

@@ -23,11 +23,14 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_samples_come_by_themselves_until_stopped() -> None:
-    sampler = Sampler(ledger, hz=200)
+    def threads() -> int:
+        return sum(thread.name == "autoglm-lab sampler" for thread in threading.enumerate())
+
+    sampler, before = Sampler(ledger, hz=200), threads()
     sampler.start()
     sampler.start()
     until(lambda: len(sampler.samples()) >= 5)
-    assert sum(thread.name == "autoglm-lab sampler" for thread in threading.enumerate()) == 1
+    assert threads() == before + 1
     sampler.stop()
     sampler.stop()
     assert not sampler.running

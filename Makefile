@@ -1,0 +1,78 @@
+# make lab     the workbench in JupyterLab        (ARGS="--no-browser --port 8899")
+# make demo    the main job in the terminal       (ARGS="--json answers.json")
+# make doctor  what this machine has and lacks
+# make test    every check: ruff, mypy, unit tests, notebooks, browser
+#
+# Each makes .venv and installs what it needs first; a second call skips that.
+# PYTHON=python3.12 picks the interpreter that .venv is made with. `make venv` makes it alone, for when a certain build of
+# torch should be installed into it first.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INPUTS := pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+# One thread is the fastest for the small models of the tests.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help venv lab demo doctor test lint types unit notebooks browser clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+lab: $(VENV)/.lab
+	$(BIN)/autoglm-lab lab $(ARGS)
+
+demo: $(VENV)/.core
+	$(BIN)/autoglm-lab demo $(ARGS)
+
+doctor: $(VENV)/.core
+	$(BIN)/autoglm-lab doctor $(ARGS)
+
+test: lint types unit notebooks browser
+	@$(BIN)/python .ci/count.py .make/unit.xml .make/notebooks.xml .make/browser.xml
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+unit: $(VENV)/.test
+	$(PYTEST) tests/unit tests/gpu --junitxml=.make/unit.xml $(ARGS)
+
+notebooks: $(VENV)/.test
+	$(PYTEST) --nbval-lax notebooks --junitxml=.make/notebooks.xml $(ARGS)
+
+browser: $(VENV)/.test
+	@command -v chromium > /dev/null || echo "No chromium on the PATH: the browser tests are skipped (apt-get install chromium)"
+	$(PYTEST) tests/browser --junitxml=.make/browser.xml $(ARGS)
+
+venv: $(BIN)/python
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || { echo "There is no '$(PYTHON)': install Python >= 3.11, or name one with make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$($(PYTHON) --version) is too old, 3.11 is the least: name another with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+	  { echo "$$($(PYTHON) --version) comes without the venv module: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(INPUTS) | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes"
+	@$(INSTALL) . && touch $@
+
+$(VENV)/.lab: $(INPUTS) | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes"
+	@$(INSTALL) ".[lab]" && touch $@ $(VENV)/.core
+
+$(VENV)/.test: $(INPUTS) | $(BIN)/python
+	@echo "Installing into $(VENV); the first time takes some minutes"
+	@$(INSTALL) ".[lab,serve,test]" && touch $@ $(VENV)/.lab $(VENV)/.core
+
+clean:
+	rm -rf $(VENV) .make build dist .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,125 @@
+"""The command `autoglm-lab`: lab, demo, doctor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoglm_lab import __version__
+from autoglm_lab.errors import LabError
+
+app = typer.Typer(
+    name="autoglm-lab",
+    help="A workbench for the memory of modular multimodal language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command. What the package raises on purpose becomes one line and exit code 1, without a traceback."""
+    try:
+        app()
+    except LabError as error:
+        typer.echo(f"autoglm-lab: {error}", err=True)
+        sys.exit(1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autoglm-lab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """A workbench for the memory of modular multimodal language models."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(context: typer.Context) -> None:
+    """Open the workbench in JupyterLab. Further arguments go to JupyterLab: --no-browser --port 8899."""
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise LabError('JupyterLab is not installed: pip install "autoglm-lab[lab]"')
+    notebook = _notebook().resolve()
+    # As the default address, the notebook also opens for those who copy the printed address into a browser elsewhere.
+    where = [f"--ServerApp.root_dir={notebook.parent}", f"--LabApp.default_url=/lab/tree/{notebook.name}"]
+    command = [sys.executable, "-m", "jupyterlab", *where, *_SETTINGS, *context.args]
+    if os.geteuid() == 0 and "--allow-root" not in command:
+        typer.echo("running as root, which JupyterLab has to be told to allow", err=True)
+        command.append("--allow-root")
+    settings = [str(Path(__file__).parent / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, settings))
+    os.execv(command[0], command)
+
+
+# Nothing here needs a network: JupyterLab would look for a newer version of itself. What has no argument stands in
+# jupyter/labconfig: it would ask on its first start whether it may fetch news.
+_SETTINGS = ("--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",)
+
+
+def _notebook() -> Path:
+    """The workbench's notebook: the checkout's own, else a copy in the current folder of what was installed."""
+    package = Path(__file__).parent
+    in_checkout = package.parent / "notebooks" / "00_workbench.ipynb"
+    if in_checkout.exists():
+        return in_checkout
+    folder = Path("autoglm-lab-notebooks")
+    for source in sorted((package / "notebooks").glob("*.ipynb")):
+        folder.mkdir(exist_ok=True)
+        # What the person changed in an earlier copy stays.
+        if not (folder / source.name).exists():
+            shutil.copyfile(source, folder / source.name)
+    if not folder.exists():
+        raise LabError("the notebooks are missing: this package was installed without them")
+    return folder / "00_workbench.ipynb"
+
+
+@app.command()
+def demo(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the answers and the ledgers to this file.")
+    ] = None,
+) -> None:
+    """The embedded model answers to text, an image and a sound, and gives memory back."""
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise LabError(f"cannot write {json_file}: its folder does not exist")
+    from autoglm_lab.demo import run
+
+    report = run(say=typer.echo)
+    if json_file is not None:
+        _write(report.to_dict(), json_file)
+    raise typer.Exit(0 if report.correct else 1)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What this machine has, what is too old or missing, and how to get it."""
+    from autoglm_lab.doctor import examine
+
+    report = examine()
+    typer.echo(_json(report.to_dict()) if as_json else str(report))
+    raise typer.Exit(0 if report.works else 1)
+
+
+def _json(data: object) -> str:
+    return json.dumps(data, ensure_ascii=False, indent=2)
+
+
+def _write(data: object, file: Path) -> None:
+    try:
+        file.write_text(_json(data) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"cannot write {file}: {error.strerror}") from None

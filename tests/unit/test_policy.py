@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from autoglm_lab.errors import PolicyError
+from autoglm_lab.policy import GenerationPolicy, KvPolicy, MemoryPolicy, ModulePolicy, ReclaimPolicy
+from autoglm_lab.units import GiB
+
+FULL = MemoryPolicy(
+    modules={
+        "vision": ModulePolicy(residency="on-demand", park_to="disk", keep_alive=2.5),
+        "audio": "off",
+    },
+    kv=KvPolicy(max_tokens=4096, overflow="drop-oldest-turns", reuse=False, max_conversations=2),
+    reclaim=ReclaimPolicy(every_answers=None, cached_share=0.5, traceback=True),
+    generation=GenerationPolicy(
+        max_new_tokens=128, min_new_tokens=32, temperature=0.7, top_p=0.9, repetition_penalty=1.2, eos=False,
+        thinking=True, seed=7,
+    ),
+    budget="24GiB",
+)  # fmt: skip
+
+
+def test_the_defaults_keep_everything_and_write_nothing() -> None:
+    policy = MemoryPolicy()
+    assert policy.module("vision").residency == "keep"
+    assert policy.to_dict() == {}
+    assert (policy.generation.max_new_tokens, policy.generation.temperature) == (256, 0)
+    assert policy.reclaim.every_answers == 10
+
+
+@pytest.mark.parametrize("policy", [MemoryPolicy(), FULL, MemoryPolicy(modules={"audio": "off"})])
+def test_yaml_and_json_read_back_what_they_wrote(policy: MemoryPolicy) -> None:
+    assert MemoryPolicy.from_yaml(policy.to_yaml()) == policy
+    assert MemoryPolicy.from_json(policy.to_json()) == policy
+    assert MemoryPolicy.from_dict(policy.to_dict()) == policy
+
+
+def test_the_full_policy_has_no_setting_at_its_default() -> None:
+    """So that the round trip above covers every setting there is."""
+    written = FULL.to_dict()
+    assert set(written) == set(MemoryPolicy.model_fields)
+    for name, part in {"kv": KvPolicy, "reclaim": ReclaimPolicy, "generation": GenerationPolicy}.items():
+        assert set(written[name]) == set(part.model_fields)
+    assert set(written["modules"]["vision"]) == set(ModulePolicy.model_fields)
+
+
+def test_a_yaml_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("kv: {max_tokens: 512}\nbudget: 8 GiB\n", encoding="utf-8")
+    assert MemoryPolicy.from_yaml(file) == MemoryPolicy(kv={"max_tokens": 512}, budget=8 * GiB)
+
+
+def test_an_empty_yaml_is_the_default() -> None:
+    assert MemoryPolicy.from_yaml("# nothing yet\n") == MemoryPolicy()
+
+
+@pytest.mark.parametrize(
+    "text", ["modules: {audio: off}", "modules: {audio: {residency: off}}", 'modules: {audio: "off"}']
+)
+def test_an_unquoted_off_in_yaml_means_off(text: str) -> None:
+    assert MemoryPolicy.from_yaml(text).module("audio").residency == "off"
+
+
+def test_the_python_statement_gives_the_same_policy() -> None:
+    import autoglm_lab as lab
+
+    class Workbench:
+        policy = MemoryPolicy()
+
+    wb = Workbench()
+    exec(FULL.to_python(), {"wb": wb, "lab": lab})
+    assert wb.policy == FULL
+
+
+def test_replace_merges_part_by_part() -> None:
+    changed = FULL.replace(kv={"max_tokens": 64}, modules={"vision": "keep", "text": "on-demand"})
+    assert changed.kv == KvPolicy(max_tokens=64, overflow="drop-oldest-turns", reuse=False, max_conversations=2)
+    assert changed.module("vision") == ModulePolicy(residency="keep", park_to="disk", keep_alive=2.5)
+    assert changed.module("audio").residency == "off"
+    assert changed.module("text").residency == "on-demand"
+    assert changed.budget == 24 * GiB
+    assert FULL.kv.max_tokens == 4096, "replace gives a new policy, the old one stays"
+
+
+def test_replace_takes_parts_and_none() -> None:
+    assert FULL.replace(generation=GenerationPolicy()).generation == GenerationPolicy()
+    assert FULL.replace(budget=None).budget is None
+    assert FULL.replace(kv={"max_tokens": None}).kv.max_tokens is None
+
+
+def test_a_policy_does_not_change_in_place() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        FULL.budget = 1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        FULL.kv.reuse = True  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"vision": "off"},
+            "there is no setting 'vision'; valid settings are modules, kv, reclaim, generation, budget",
+        ),
+        (
+            {"kv": {"max_token": 1}},
+            "there is no setting 'kv.max_token'; valid settings are max_tokens, overflow, reuse, max_conversations",
+        ),
+        (
+            {"modules": {"audio": {"place": "host"}}},
+            "there is no setting 'modules.audio.place'; valid settings are residency, park_to, keep_alive",
+        ),
+        (
+            {"reclaim": {"every": 3}},
+            "there is no setting 'reclaim.every'; valid settings are every_answers, cached_share, traceback",
+        ),
+        ({"modules": {"audio": "gone"}}, "'keep', 'on-demand' or 'off' (got 'gone')"),
+        ({"modules": {"audio": {"park_to": "moon"}}}, "'auto', 'host' or 'disk' (got 'moon')"),
+        ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns' or 'refuse' (got 'spill')"),
+        ({"kv": {"max_tokens": 3}}, "kv.max_tokens: Input should be greater than or equal to 16 (got 3)"),
+        ({"kv": {"max_conversations": 0}}, "kv.max_conversations: Input should be greater than or equal to 1 (got 0)"),
+        ({"reclaim": {"cached_share": 1.5}}, "reclaim.cached_share: Input should be less than or equal to 1 (got 1.5)"),
+        ({"generation": {"temperature": -1}}, "generation.temperature: Input should be greater than or equal to 0"),
+        (
+            {"generation": {"min_new_tokens": 300}},
+            "generation: min_new_tokens 300 is more than max_new_tokens 256",
+        ),
+        ({"budget": "a lot"}, "budget: cannot read 'a lot' as a size; write for example '24GiB'"),
+        ({"budget": -1}, "budget: a size cannot be negative, got -1"),
+    ],
+)
+def test_what_cannot_be_set_is_refused_with_what_can(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        MemoryPolicy(**settings)
+    assert message in str(caught.value)
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(PolicyError) as caught:
+        MemoryPolicy(kv={"max_tokens": 1}, budget="?")
+    assert "kv.max_tokens" in str(caught.value)
+    assert "budget" in str(caught.value)
+
+
+def test_replace_refuses_like_the_constructor() -> None:
+    with pytest.raises(PolicyError, match=r"there is no setting 'kv\.size'"):
+        FULL.replace(kv={"size": 1})
+
+
+def test_text_that_is_no_policy_is_refused() -> None:
+    with pytest.raises(PolicyError, match="the policy is not JSON"):
+        MemoryPolicy.from_json("{")
+    with pytest.raises(PolicyError, match="the policy is not YAML"):
+        MemoryPolicy.from_yaml("kv: [")
+    with pytest.raises(PolicyError, match="a policy is a mapping of settings, not list"):
+        MemoryPolicy.from_json(json.dumps([1]))
