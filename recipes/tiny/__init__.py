@@ -1,0 +1,1 @@
+"""autoglm-tiny: procedural data, tokenizer, training and evaluation of the embedded model."""
