@@ -53,6 +53,7 @@ class LocalEngine:
         self._answers = 0
         self._ticked = 0.0
         self._closed = False
+        self._gate = threading.Lock()
         book.register(state.conversations)
         if state.pool is not None:
             book.register(state.pool)
@@ -181,8 +182,9 @@ class LocalEngine:
         """Cancel what runs, end the thread, and free every module. The engine answers nothing afterwards."""
         if self._closed:
             return
-        self._closed = True
-        self._inbox.put(None)
+        with self._gate:
+            self._closed = True
+            self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=30)
         _close(self._state, self._book)
@@ -196,10 +198,12 @@ class LocalEngine:
         return result
 
     def _post(self, run: Callable[[], Result]) -> Future[Result]:
-        if self._closed:
-            raise EngineClosedError("this workbench was closed: load the model again")
         future: Future[Result] = Future()
-        self._inbox.put((run, future))
+        # Nothing is posted after the end: whoever posted it would wait for ever.
+        with self._gate:
+            if self._closed:
+                raise EngineClosedError("this workbench was closed: load the model again")
+            self._inbox.put((run, future))
         return future
 
     # what only the engine's thread does

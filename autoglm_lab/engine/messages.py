@@ -118,10 +118,12 @@ def _read_message(message: Mapping[str, Any], limits: Limits) -> Message:
     role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise MessageError(f"unknown role {role!r}: use {', '.join(ROLES)}")
-    if isinstance(content, str):
+    if isinstance(content, str) and (content or role != "user"):
         return Message(role, (TextPart(content),))
     if not isinstance(content, Sequence):
         raise MessageError(f"the content of a message is text or a list of parts, not {type(content).__name__}")
+    if role == "user" and not content:
+        raise MessageError("the user's message is empty: give text, an image or a sound")
     return Message(role, tuple(_read_part(part, limits) for part in content))
 
 

@@ -358,6 +358,27 @@ def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
     assert repr(workbench) == "autoglm-tiny (closed)"
 
 
+def test_whoever_asks_while_it_closes_gets_an_answer_or_an_error() -> None:
+    workbench = lab.load("autoglm-tiny", device="cpu")
+    outcomes: list[str] = []
+
+    def ask() -> None:
+        try:
+            while True:
+                workbench.reclaim()
+        except EngineClosedError:
+            outcomes.append("closed")
+
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    workbench.close()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert outcomes == ["closed"] * 8
+
+
 def test_a_workbench_that_nobody_holds_goes_away() -> None:
     workbench = lab.load("autoglm-tiny", device="cpu")
     workbench.chat("Who are you?").result(60)

@@ -84,6 +84,8 @@ def test_sounds_come_out_as_16_khz_mono() -> None:
         ([], "there are no messages"),
         ([{"role": "robot", "content": ""}], "unknown role 'robot': use system, user, assistant"),
         ([{"role": "user", "content": 3}], "the content of a message is text or a list of parts, not int"),
+        (user(), "the user's message is empty: give text, an image or a sound"),
+        ([{"role": "user", "content": ""}], "the user's message is empty"),
         (user({"type": "video"}), "unknown content part 'video': use text, image, audio, image_url, input_audio"),
         (user({"type": "image"}), "the content part of type 'image' is incomplete"),
     ],
