@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
+from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PagedCache, PagedSequence
 from autoglm_lab.memory.prefix_index import page_keys
 from autoglm_lab.policy import GenerationPolicy
@@ -151,7 +152,14 @@ class Stepper:
 
         Returns:
             Logits ``[vocab]`` for each conversation's next token, float32.
+
+        Raises:
+            ConversationError: an earlier step failed in a cache that cannot be rolled back, which was dropped then.
         """
+        if not all(state.ids for state in states):
+            raise ConversationError(
+                "a step failed, and this model's cache cannot be taken back to before it: ask again"
+            )
         if len(states) > 1 and not self._positioned and all(state.paged is not None for state in states):
             logits = self._batch(states, tokens)
         else:

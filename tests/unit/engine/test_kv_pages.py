@@ -12,6 +12,7 @@ from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausa
 import autoglm_lab as lab
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.step import KvState, Stepper
+from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PageShape
 from autoglm_lab.memory.prefix_index import page_keys
@@ -225,3 +226,20 @@ def test_sliding_layers_keep_transformers_own_cache() -> None:
     for _ in range(3):
         for state, logits in zip(states, stepper.decode(states, [3, 4]), strict=True):
             torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
+
+
+def test_a_cache_that_cannot_be_rolled_back_is_not_decoded_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
+    stepper, state = Stepper(model), KvState(None)
+    stepper.prefill(state, prompts([20])[0], 0)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(model.model.layers[1], "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        stepper.decode([state], [3])
+    monkeypatch.undo()
+    with pytest.raises(ConversationError, match="cannot be taken back to before it: ask again"):
+        stepper.decode([state], [3])

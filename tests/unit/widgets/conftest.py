@@ -1,11 +1,10 @@
-"""The embedded model, loaded once, and a dashboard on it that someone watches."""
+"""A dashboard on the embedded model that someone watches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 import autoglm_lab as lab
 from autoglm_lab.widgets import transcript
@@ -13,23 +12,10 @@ from autoglm_lab.widgets.dashboard import Dashboard
 from tests.unit.widgets.browser import open_view
 
 
-@pytest.fixture(scope="session")
-def loaded() -> Iterator[lab.Workbench]:
-    torch.set_num_threads(1)
-    with lab.load("autoglm-tiny", device="cpu") as workbench:
-        yield workbench
-
-
 @pytest.fixture
-def wb(loaded: lab.Workbench) -> Iterator[lab.Workbench]:
-    """The workbench as it was loaded: default policy, every module woken, nothing said."""
-    yield loaded
-    loaded.stop()
-    loaded.policy = lab.MemoryPolicy()
-    for module in loaded.modules.values():
-        module.wake()
-    for info in loaded.conversations:
-        loaded.drop(info.name)
+def wb(wb: lab.Workbench) -> Iterator[lab.Workbench]:
+    """The workbench as it was loaded, and no chat shown."""
+    yield wb
     transcript._transcripts.clear()
 
 

@@ -1,0 +1,29 @@
+"""The embedded model on the CPU, loaded once for every test that only talks to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import autoglm_lab as lab
+
+
+@pytest.fixture(scope="session")
+def loaded() -> Iterator[lab.Workbench]:
+    torch.set_num_threads(1)
+    with lab.load("autoglm-tiny", device="cpu") as workbench:
+        yield workbench
+
+
+@pytest.fixture
+def wb(loaded: lab.Workbench) -> Iterator[lab.Workbench]:
+    """The workbench as it was loaded: default policy, every module woken, nothing said."""
+    yield loaded
+    loaded.stop()
+    loaded.policy = lab.MemoryPolicy()
+    for module in loaded.modules.values():
+        module.wake()
+    for info in loaded.conversations:
+        loaded.drop(info.name)
