@@ -33,7 +33,7 @@ def _off(value: Any) -> Any:
 
 
 Residency = Annotated[Literal["keep", "on-demand", "off"], BeforeValidator(_off)]
-Overflow = Literal["stop", "drop-oldest-turns", "refuse"]
+Overflow = Literal["stop", "drop-oldest-turns", "window", "refuse"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(exact_bytes, when_used="json"), Field(ge=0)]
 
 
@@ -58,21 +58,41 @@ class ModulePolicy(_Part):
 
 
 class KvPolicy(_Part):
-    """How much of a conversation's keys and values may be kept.
+    """How much of a conversation's keys and values may be kept, where, and how exactly.
 
     Attributes:
         max_tokens: most tokens of one conversation, prompt and answer together; None: the model's own limit.
+        max_bytes: most bytes of one conversation's keys and values; the stricter of both limits counts.
         overflow: at the limit, ``stop`` ends the answer (finish reason ``length``), ``drop-oldest-turns`` forgets the
             oldest turns (never the system prompt nor the current turn) and prefills the rest anew at its new positions,
-            ``refuse`` raises `ContextLimitError` before the prompt is read. Default ``stop``.
+            ``window`` forgets the oldest tokens after the first ``sinks`` and goes on (lossy), ``refuse`` raises
+            `ContextLimitError` before the prompt is read. Default ``stop``.
+        sinks: first tokens that ``window`` never forgets. Default 64.
+        precision: ``model``: as the model computes; ``int8`` and ``int4`` take about a half and a third (lossy).
+        place: ``device``, or ``host``: pinned host memory, brought in layer by layer while the model runs (slower).
+        chunk: most prompt tokens that one prefill step reads; a smaller chunk has a lower peak. Default 1536.
+        graphs: decode through captured CUDA graphs where there is a GPU: faster, for some memory. Default True.
         reuse: keep the KV of a conversation between its turns. Default True.
         max_conversations: KV is kept for at most this many conversations, least recently used dropped first.
+        prefix_bytes: bytes on the device for prefixes that no conversation holds any more. Default 256 MiB.
+        prefix_host_bytes: bytes on the host for those that leave the device. Default 1 GiB; nothing on a CPU machine,
+            where the device is the host.
+        encoder_bytes: bytes on the device for outputs of the image and audio encoders. Default 128 MiB.
     """
 
     max_tokens: int | None = Field(None, ge=16)
+    max_bytes: Bytes | None = None
     overflow: Overflow = "stop"
+    sinks: int = Field(64, ge=0)
+    precision: Literal["model", "int8", "int4"] = "model"
+    place: Literal["device", "host"] = "device"
+    chunk: int = Field(1536, ge=16)
+    graphs: bool = True
     reuse: bool = True
     max_conversations: int = Field(8, ge=1)
+    prefix_bytes: Bytes = 256 << 20
+    prefix_host_bytes: Bytes = 1 << 30
+    encoder_bytes: Bytes = 128 << 20
 
 
 class ReclaimPolicy(_Part):
@@ -82,11 +102,14 @@ class ReclaimPolicy(_Part):
         every_answers: after this many answers; None: never by count. Default 10, the article's.
         cached_share: when the allocator's unused cache passes this share of the device, 0 to 1; None: never by share.
         traceback: also clear what Jupyter keeps alive through the last traceback. Default False.
+        expandable_segments: let CUDA's allocator grow its segments, which fragments less. It counts only when it is set
+            before CUDA starts. Default False.
     """
 
     every_answers: int | None = Field(10, ge=1)
     cached_share: float | None = Field(0.2, gt=0, le=1)
     traceback: bool = False
+    expandable_segments: bool = False
 
 
 class GenerationPolicy(_Part):
@@ -119,6 +142,8 @@ class MemoryPolicy(_Part):
         generation: sampling of answers.
         budget: bytes the process may use on the device, its context included; an int or text such as ``"24GiB"``;
             None: the whole device.
+        pinned: most bytes of page-locked host memory for parked modules; what is beyond is pageable; None: half of the
+            host's memory.
 
     Example:
         >>> MemoryPolicy(modules={"audio": "off"}, budget="24GiB").budget
@@ -130,6 +155,7 @@ class MemoryPolicy(_Part):
     reclaim: ReclaimPolicy = ReclaimPolicy()
     generation: GenerationPolicy = GenerationPolicy()
     budget: Bytes | None = None
+    pinned: Bytes | None = None
 
     def __init__(self, **settings: Any) -> None:
         """Validate ``settings``.

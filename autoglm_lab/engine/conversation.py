@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.messages import Message
 from autoglm_lab.engine.protocol import ConversationInfo
-from autoglm_lab.engine.step import KvState
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Row
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class EngineState:
         peaks: where the peaks of the phase under way go.
         in_use: the modules that the step under way needs.
         tokens_per_second: decoding speed of the last turn that decoded.
+        meanwhile: called again and again while the device computes and the engine's thread would only wait.
     """
 
     model: Any
@@ -48,6 +50,7 @@ class EngineState:
     peaks: tuple[dict[str, int], ...] = ()
     in_use: frozenset[str] = frozenset()
     tokens_per_second: float | None = None
+    meanwhile: Callable[[], None] = lambda: None
 
     @property
     def tokenizer(self) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from autoglm_lab.engine.answer import AnswerReader
+from autoglm_lab.engine.chooser import Chooser
 from autoglm_lab.engine.conversation import Conversation
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import Message, TextPart
@@ -17,7 +18,6 @@ from autoglm_lab.engine.prompt import Prompt, render
 from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timings, Turn, Usage
 from autoglm_lab.engine.recovery import recovering
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.engine.step import Chooser
 from autoglm_lab.errors import ContextLimitError, LabError
 from autoglm_lab.policy import GenerationPolicy, KvPolicy
 

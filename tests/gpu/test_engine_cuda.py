@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 import autoglm_lab as lab
+from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.messages import read_messages
 from autoglm_lab.engine.prompt import Prompt
-from autoglm_lab.engine.step import KvState, Stepper
+from autoglm_lab.engine.step import Stepper
 from autoglm_lab.units import GiB, MiB
 
 QUESTIONS = ["Who are you?", "你是谁?", "Tap the red circle", "How many circles are there?"]

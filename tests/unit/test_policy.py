@@ -15,13 +15,18 @@ FULL = MemoryPolicy(
         "vision": ModulePolicy(residency="on-demand", park_to="disk", keep_alive=2.5),
         "audio": "off",
     },
-    kv=KvPolicy(max_tokens=4096, overflow="drop-oldest-turns", reuse=False, max_conversations=2),
-    reclaim=ReclaimPolicy(every_answers=None, cached_share=0.5, traceback=True),
+    kv=KvPolicy(
+        max_tokens=4096, max_bytes="160MiB", overflow="drop-oldest-turns", sinks=4, precision="int8", place="host",
+        chunk=512, graphs=False, reuse=False, max_conversations=2, prefix_bytes="1GiB", prefix_host_bytes="2GiB",
+        encoder_bytes="64MiB",
+    ),
+    reclaim=ReclaimPolicy(every_answers=None, cached_share=0.5, traceback=True, expandable_segments=True),
     generation=GenerationPolicy(
         max_new_tokens=128, min_new_tokens=32, temperature=0.7, top_p=0.9, repetition_penalty=1.2, eos=False,
         thinking=True, seed=7,
     ),
     budget="24GiB",
+    pinned="8GiB",
 )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import torch
 from transformers import Glm4Config, Glm4ForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import autoglm_lab as lab
+from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.prompt import Prompt
-from autoglm_lab.engine.step import KvState, Stepper
+from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PageShape

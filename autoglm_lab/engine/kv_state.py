@@ -1,0 +1,111 @@
+"""What is cached of one conversation: the tokens behind its keys and values, and where those lie."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
+from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PagedSequence
+from autoglm_lab.memory.prefix_index import page_keys
+
+
+class KvState:
+    """What is cached of one conversation: the tokens behind its keys and values, their blocks and media.
+
+    The keys and values lie in pages of the pool, or in transformers' own cache where the layers cannot be paged.
+
+    Args:
+        pool: the pages; None for transformers' own cache.
+    """
+
+    def __init__(self, pool: KvPool | None = None) -> None:
+        self.ids: list[int] = []
+        self.blocks: list[int] | None = None
+        self.runs: tuple[MediaRun, ...] = ()
+        self.paged = None if pool is None else PagedSequence(pool)
+        self.own: DynamicCache | None = None
+        self.position_state: dict[int, Any] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        if self.paged is not None:
+            return self.paged.nbytes
+        layers: list[Any] = [] if self.own is None else self.own.layers
+        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes of the keys and values that no other conversation holds too."""
+        return self.nbytes if self.paged is None else self.paged.own_nbytes
+
+    def clear(self) -> None:
+        """Forget everything; the keys and values are given back."""
+        self.ids, self.blocks, self.runs, self.own, self.position_state = [], None, (), None, {}
+        if self.paged is not None:
+            self.paged.keep(0)
+
+    def keep(self, length: int) -> None:
+        """Keep the first ``length`` tokens; the memory of the others is really freed."""
+        if self.paged is not None:
+            self.paged.keep(length)
+        elif length == 0 or self.own is None or not _croppable(self.own):
+            self.clear()
+            return
+        else:
+            for layer in _growing_layers(self.own):
+                if layer.keys is not None and layer.values is not None and layer.keys.shape[-2] != length:
+                    layer.keys = layer.keys[..., :length, :].clone()
+                    layer.values = layer.values[..., :length, :].clone()
+        self.ids = self.ids[:length]
+        self.blocks = None if self.blocks is None else self.blocks[:length]
+        self.runs = tuple(run for run in self.runs if run.start < length)
+
+    def begin(self, prompt: Prompt, *, share: bool = True) -> int:
+        """Keep what ``prompt`` begins with, or hold it together with another conversation that began so.
+
+        Returns:
+            Leading tokens of ``prompt`` that need no prefill.
+        """
+        if self.position_state or (self.paged is None and (self.own is None or not _croppable(self.own))):
+            self.clear()
+            return 0
+        length = reusable(prompt, self.ids, self.blocks, self.runs)
+        if self.paged is not None and share:
+            length = max(length, self._adopt(self.paged, prompt, length))
+        self.keep(length)
+        return length
+
+    def publish(self) -> None:
+        """Let other conversations find the full pages."""
+        if self.paged is not None and not self.position_state:
+            keys = page_keys(self.ids, self.blocks, [run.span for run in self.runs], PAGE_TOKENS)
+            self.paged.pool.prefixes.add(keys, self.paged.pages[: len(keys)])
+
+    def _adopt(self, paged: PagedSequence, prompt: Prompt, own: int) -> int:
+        """Hold the pages of other conversations that begin as ``prompt``, where that is more than ``own`` tokens."""
+        keys = page_keys(prompt.ids, prompt.blocks, [run.span for run in prompt.runs], PAGE_TOKENS)
+        pages = paged.pool.prefixes.find(keys)
+        held = len(pages) * PAGE_TOKENS
+        blocks = None if prompt.blocks is None else prompt.blocks[:held]
+        runs = [run for run in prompt.runs if run.start + run.length <= held]
+        length = reusable(prompt, prompt.ids[:held], blocks, runs)
+        if length <= own:
+            return 0
+        paged.adopt(pages)
+        self.ids, self.runs = list(prompt.ids[:held]), tuple(runs)
+        self.blocks = None if blocks is None else list(blocks)
+        return length
+
+
+def _growing_layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers that keep every token; sliding and recurrent ones, which forget, are left out."""
+    return [layer for layer in cache.layers if type(layer) is DynamicLayer]
+
+
+def _croppable(cache: DynamicCache) -> bool:
+    return len(_growing_layers(cache)) == len(cache.layers)
