@@ -84,7 +84,7 @@ def test_the_python_statement_gives_the_same_policy() -> None:
 
 def test_replace_merges_part_by_part() -> None:
     changed = FULL.replace(kv={"max_tokens": 64}, modules={"vision": "keep", "text": "on-demand"})
-    assert changed.kv == KvPolicy(max_tokens=64, overflow="drop-oldest-turns", reuse=False, max_conversations=2)
+    assert changed.kv == KvPolicy(**{**FULL.kv.model_dump(), "max_tokens": 64})
     assert changed.module("vision") == ModulePolicy(residency="keep", park_to="disk", keep_alive=2.5)
     assert changed.module("audio").residency == "off"
     assert changed.module("text").residency == "on-demand"
@@ -114,7 +114,7 @@ def test_a_policy_does_not_change_in_place() -> None:
         ),
         (
             {"kv": {"max_token": 1}},
-            "there is no setting 'kv.max_token'; valid settings are max_tokens, overflow, reuse, max_conversations",
+            "there is no setting 'kv.max_token'; valid settings are max_tokens, max_bytes",
         ),
         (
             {"modules": {"audio": {"place": "host"}}},
@@ -126,7 +126,7 @@ def test_a_policy_does_not_change_in_place() -> None:
         ),
         ({"modules": {"audio": "gone"}}, "'keep', 'on-demand' or 'off' (got 'gone')"),
         ({"modules": {"audio": {"park_to": "moon"}}}, "'auto', 'host' or 'disk' (got 'moon')"),
-        ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns' or 'refuse' (got 'spill')"),
+        ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns', 'window' or 'refuse' (got 'spill')"),
         ({"kv": {"max_tokens": 3}}, "kv.max_tokens: Input should be greater than or equal to 16 (got 3)"),
         ({"kv": {"max_conversations": 0}}, "kv.max_conversations: Input should be greater than or equal to 1 (got 0)"),
         ({"reclaim": {"cached_share": 1.5}}, "reclaim.cached_share: Input should be less than or equal to 1 (got 1.5)"),
