@@ -1,4 +1,4 @@
-"""The command `autoglm-lab`: lab, demo, doctor."""
+"""The command `autoglm-lab`: lab, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from autoglm_lab import __version__
+from autoglm_lab.bench.command import bench
 from autoglm_lab.errors import LabError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(bench)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def test_version() -> None:
 
 def test_the_help_lists_the_commands() -> None:
     text = runner.invoke(cli.app, ["--help"]).output
-    assert all(name in text for name in ("lab", "demo", "doctor"))
+    assert all(name in text for name in ("lab", "demo", "bench", "doctor"))
 
 
 def test_doctor_prints_json() -> None:

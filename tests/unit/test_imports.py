@@ -26,7 +26,8 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"engine"}, True),
     ({"training", "server", "widgets", "figures"}, False),
     ({"workbench"}, True),
-    ({"bench", "cli", "demo", "doctor", "gpus"}, True),
+    ({"bench"}, True),
+    ({"cli", "demo", "doctor", "gpus"}, True),
 )
 
 
@@ -131,6 +132,12 @@ def test_importing_the_package_is_light() -> None:
     assert HEAVY.isdisjoint(runs[0][1])
     # The best of several: others may be using the machine.
     assert min(seconds for seconds, _ in runs) < 0.15
+
+
+def test_the_benches_are_named_without_torch() -> None:
+    code = "import sys; import autoglm_lab.bench, autoglm_lab.bench.command; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_the_policy_needs_no_torch() -> None:

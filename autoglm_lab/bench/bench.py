@@ -1,0 +1,143 @@
+"""`Bench`: what a bench works with. One model is loaded when first asked for, and shared by the benches of a run."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Self
+
+import torch
+
+from autoglm_lab.bench.report import Figure, Report
+from autoglm_lab.errors import LabError
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.workbench import Workbench, load
+
+
+class Bench:
+    """The model, the machine, and how large the run is to be.
+
+    Args:
+        small: the embedded model and short prompts, whose figures are not judged; None: where there is no GPU. Else
+            the shapes of AutoGLM-Phone-9B with made-up weights.
+        minutes: how long a soak lasts; None: as many requests as it has.
+        command: how this run was started, for the report.
+        say: told the progress; standard error by default.
+
+    Raises:
+        LabError: a full run without a GPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        small: bool | None = None,
+        minutes: float | None = None,
+        command: str = "",
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        self.small = self.device.type == "cpu" if small is None else small
+        if not self.small and self.device.type == "cpu":
+            raise LabError("a full run needs a GPU, and torch sees none here: leave --full out")
+        self.minutes = minutes
+        self._command = command
+        self._say = say or _to_stderr
+        self._started = time.monotonic()
+        self._workbench: Workbench | None = None
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def workbench(self) -> Workbench:
+        """The model under memory control, loaded at the first use, with the default policy."""
+        if self._workbench is None:
+            name = "autoglm-tiny" if self.small else "autoglm-phone-9b"
+            self.say(f"loading {name}")
+            self._workbench = load(name, weights=None if self.small else "dummy", device=str(self.device))
+        return self._workbench
+
+    def say(self, text: str) -> None:
+        """Tell what is under way."""
+        self._say(f"[{time.monotonic() - self._started:6.1f} s] {text}")
+
+    def judge(self, meets: bool) -> bool | None:
+        """The verdict of a figure; None in a small run, whose figures say nothing about the bars."""
+        return None if self.small else bool(meets)
+
+    def reset(self) -> None:
+        """Bring the model back to the default policy, every module on the device, no conversation kept."""
+        wb = self._workbench
+        if wb is not None:
+            wb.policy = MemoryPolicy()
+            for conversation in wb.conversations:
+                wb.drop(conversation.name)
+            for module in wb.modules:
+                wb.modules[module].wake()
+            wb.reclaim()
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def report(self, title: str, figures: list[Figure], *notes: str) -> Report:
+        """A report of this run."""
+        model = "the embedded model" if self.small else "AutoGLM-Phone-9B's shapes, made-up weights"
+        return Report(f"{title} ({model})", self.machine(), tuple(figures), notes)
+
+    def machine(self) -> dict[str, str]:
+        """Device, driver, versions, date and command."""
+        machine = {"device": platform.processor() or platform.machine()}
+        if self.cuda:
+            machine["device"] = torch.cuda.get_device_name(self.device)
+            machine["driver"] = _driver()
+        machine["python"] = platform.python_version()
+        machine |= {name: _version(name) for name in ("torch", "transformers", "autoglm-lab")}
+        machine["date"] = datetime.now(UTC).date().isoformat()
+        if self._command:
+            machine["command"] = self._command
+        return machine
+
+    def close(self) -> None:
+        """Free the model."""
+        if self._workbench is not None:
+            self._workbench.close()
+            self._workbench = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return "unknown"

@@ -1,0 +1,42 @@
+"""Which benches there are."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from autoglm_lab.errors import LabError
+
+if TYPE_CHECKING:
+    from autoglm_lab.bench.bench import Bench
+    from autoglm_lab.bench.report import Report
+
+CATALOG: dict[str, str] = {
+    "swap": "a module parked and woken",
+    "prefill": "reading a prompt: time, and the peak over the weights",
+    "kv": "decoding, and keys and values in fewer bytes",
+    "turns": "a new turn on what is kept of a conversation",
+    "trace": "20 steps of a phone agent",
+    "ledger": "the ledger against the driver's own count, and what sampling costs",
+    "soak": "300 random requests under a budget",
+}
+"""What each bench measures, by name; its code is ``bench/<name>.py``."""
+
+
+def chosen(names: list[str]) -> tuple[str, ...]:
+    """The benches to run; ``all`` stands for every one.
+
+    Raises:
+        LabError: there is none of that name.
+    """
+    unknown = [name for name in names if name not in CATALOG and name != "all"]
+    if unknown:
+        raise LabError(f"there is no bench {unknown[0]!r}: use {', '.join(CATALOG)}, or all")
+    return tuple(CATALOG) if "all" in names else tuple(dict.fromkeys(names))
+
+
+def runner(name: str) -> Callable[[Bench], Report]:
+    """The function that runs a bench."""
+    module = importlib.import_module(f"autoglm_lab.bench.{name}")
+    return cast("Callable[[Bench], Report]", module.run)

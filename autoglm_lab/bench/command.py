@@ -1,0 +1,67 @@
+"""`autoglm-lab bench`: run benches one after the other on one loaded model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autoglm_lab.bench.catalog import CATALOG, chosen, runner
+from autoglm_lab.bench.report import Report
+from autoglm_lab.errors import LabError
+
+_NAMES = ", ".join(CATALOG)
+
+
+def bench(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help=f"{_NAMES}, or all.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this file.")
+    ] = None,
+    small: Annotated[
+        bool | None,
+        typer.Option("--small/--full", help="The embedded model, or the phone model's shapes. Default: full on a GPU."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Let the soak go on for so long, instead of its 300 requests.")
+    ] = None,
+) -> None:
+    """Measure ours beside its peers and the limit, in one run. A bar that was missed is shown, and is no failure."""
+    wanted = chosen(names)
+    if json_file is not None and not json_file.resolve().parent.is_dir():
+        raise LabError(f"cannot write {json_file}: its folder does not exist")
+    from autoglm_lab.bench.bench import Bench
+
+    reports: dict[str, Report] = {}
+    failures: dict[str, str] = {}
+    options = [] if small is None else ["--small" if small else "--full"]
+    options += [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    command = shlex.join(["autoglm-lab", "bench", *names, *options])
+    with Bench(small=small, minutes=minutes, command=command) as session:
+        for name in wanted:
+            session.say(f"bench {name}: {CATALOG[name]}")
+            try:
+                reports[name] = runner(name)(session)
+                typer.echo(f"{reports[name]}\n")
+                session.reset()
+            except Exception as error:  # noqa: BLE001 - the other benches still have something to say
+                failures[name] = "".join(traceback.format_exception(error))
+                typer.echo(f"bench {name} failed: {type(error).__name__}: {error}\n", err=True)
+            if json_file is not None:
+                _write(json_file, reports, failures)
+    if failures:
+        typer.echo("\n".join(failures.values()), err=True)
+        raise typer.Exit(1)
+
+
+def _write(file: Path, reports: dict[str, Report], failures: dict[str, str]) -> None:
+    """Written after every bench, so that what is measured stays when a later one takes the process down."""
+    data = {"reports": {name: report.to_dict() for name, report in reports.items()}, "failures": failures}
+    try:
+        file.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise LabError(f"cannot write {file}: {error.strerror}") from None
