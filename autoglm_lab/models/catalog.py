@@ -47,6 +47,7 @@ class Preset:
         folder: Its weights and processor inside the package, None where it has none.
         repo_id: Its public repository, None where it has none.
         processor_folder: Where to take a tokenizer from when the model has no processor of its own.
+        made_up_processor: Makes one from the configuration, for where the public one is not; and what to say of it.
         claims: What was published about its memory.
     """
 
@@ -56,6 +57,7 @@ class Preset:
     folder: Path | None = None
     repo_id: str | None = None
     processor_folder: Path | None = None
+    made_up_processor: Callable[[PreTrainedConfig], tuple[Any, tuple[str, ...]]] | None = None
     claims: tuple[Claim, ...] = ()
 
     def config(self) -> PreTrainedConfig:
@@ -198,6 +200,12 @@ def _phone() -> PreTrainedConfig:
     )
 
 
+def _phone_processor(config: PreTrainedConfig) -> tuple[Any, tuple[str, ...]]:
+    from autoglm_lab.models.phone_processor import NOTE, phone_processor
+
+    return phone_processor(config), (NOTE,)
+
+
 def _article_claims() -> tuple[Claim, ...]:
     stated = {"text": 6.8, "vision": 2.1, "audio": 1.7, "kv": 3.0, "total": 13.6}
     return tuple(Claim(subject, round(gigabytes * 1e9), "batch 1, length 512") for subject, gigabytes in stated.items())
@@ -224,6 +232,7 @@ _PRESETS: dict[str, Preset] = {
             "the public vision-language phone agent, GLM-4.1V architecture",
             _phone,
             repo_id="zai-org/AutoGLM-Phone-9B",
+            made_up_processor=_phone_processor,
         ),
     )
 }

@@ -126,7 +126,9 @@ def resolve(
     files = {} if folder is None else checkpoint.read_folder(folder)
     chosen = _dtype(dtype, place, files, config)
     model = skeleton(config, chosen)
-    processor, notes = located.processor()
+    # Weights from elsewhere bring the processor that belongs to them.
+    own = folder is not None and folder != located.folder and _has_processor(folder)
+    processor, notes = _processor(folder) if own else located.processor()
     if folder is None:
         sources, found = _dummy_sources(model, config, seed), model
         notes += ("the weights are made up: answers are noise, memory and speed are true",)
@@ -178,7 +180,10 @@ def _locate(source: str | Path | PreTrainedConfig) -> _Located:
         if preset.folder is not None or preset.processor_folder is not None:
             return _Located(source, preset.config(), _with_weights(preset.folder), lambda: (preset.processor(), ()))
         cached = None if preset.repo_id is None else _cached(preset.repo_id)
-        return _Located(source, preset.config(), _with_weights(cached), lambda: _processor(cached))
+        config, made_up = preset.config(), preset.made_up_processor
+        if made_up is not None and not _has_processor(cached):
+            return _Located(source, config, _with_weights(cached), lambda: made_up(config))
+        return _Located(source, config, _with_weights(cached), lambda: _processor(cached))
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
@@ -255,9 +260,13 @@ def _no_processor() -> tuple[Any, tuple[str, ...]]:
     return None, ("there is no processor beside these weights: pass token ids and tensors yourself",)
 
 
-def _processor(folder: Path | None) -> tuple[Any, tuple[str, ...]]:
+def _has_processor(folder: Path | None) -> bool:
     names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
-    if folder is None or not any((folder / name).is_file() for name in names):
+    return folder is not None and any((folder / name).is_file() for name in names)
+
+
+def _processor(folder: Path | None) -> tuple[Any, tuple[str, ...]]:
+    if not _has_processor(folder):
         return _no_processor()
     from transformers import AutoProcessor
 
