@@ -67,7 +67,7 @@ _TEMPLATE = """[gMASK]<sop>
 {%- endif -%}"""
 
 
-class PhoneProcessor(Glm4vProcessor):  # type: ignore[no-untyped-call, misc]
+class PhoneProcessor(Glm4vProcessor):
     """The family's processor without its video part, which needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
@@ -89,11 +89,9 @@ def phone_processor(config: PreTrainedConfig) -> PhoneProcessor:
     The longest edge is the family's default; ``processor.image_processor.size`` changes how many tokens an image takes.
     """
     vision: Any = config.vision_config
-    images = Glm4vImageProcessorPil(
-        patch_size=vision.patch_size,
-        temporal_patch_size=vision.temporal_patch_size,
-        merge_size=vision.spatial_merge_size,
-    )
+    sizes: dict[str, Any] = {name: getattr(vision, name) for name in ("patch_size", "temporal_patch_size")}
+    sizes["merge_size"] = vision.spatial_merge_size
+    images = Glm4vImageProcessorPil(**sizes)
     return PhoneProcessor(images, phone_tokenizer(config), _TEMPLATE)
 
 
