@@ -1,51 +1,29 @@
 """One device: how much memory it has, who holds it, how much this process may use.
 
 CUDA is read through NVML and the allocator's counters; where there is no GPU, the device is the host and this process's
-anonymous memory counts. Nothing here synchronises the device.
+anonymous memory counts. Nothing here synchronises the device, except giving memory back.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import threading
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
-import psutil
 import torch
 
 from autoglm_lab.errors import LabError
-from autoglm_lab.memory.nvml import NvmlDevice, visible_device
+from autoglm_lab.memory.cuda_machine import CudaMachine
+from autoglm_lab.memory.growth import DriverGrowth
+from autoglm_lab.memory.host_machine import HostMachine
+from autoglm_lab.memory.ledger import Row
+from autoglm_lab.memory.reading import Counters, Reading
 
+__all__ = ["Accelerator", "Counters", "Reading", "open_accelerator"]
 
-@dataclass(frozen=True)
-class Reading:
-    """The figures of one device at one time, in bytes.
-
-    Attributes:
-        total: of the device; on CPU the machine's, or the cgroup's limit where that is lower.
-        free: what anyone could still take.
-        used: held by all processes, without what the driver keeps to itself.
-        process: held by this process; None: the machine hides it.
-        driver_reserved: kept by the driver; None: not told.
-        allocated: in tensors of torch's device allocator; None on CPU.
-        reserved: held by that allocator, allocated or cached; None on CPU.
-        slabs: held by weights outside that allocator.
-    """
-
-    time: float
-    total: int
-    free: int
-    used: int
-    process: int | None
-    driver_reserved: int | None = None
-    allocated: int | None = None
-    reserved: int | None = None
-    slabs: int = 0
+_TRIES = 3
 
 
 class Accelerator:
@@ -53,6 +31,8 @@ class Accelerator:
 
     Attributes:
         context: bytes that the process held on the device before it held anything of ours.
+        grown: what the driver took for this process since, by event.
+        budget: most bytes that the process may use on the device; None: the whole device.
         notes: what this machine cannot tell, one sentence each.
     """
 
@@ -60,33 +40,120 @@ class Accelerator:
         self.device = device
         self.kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
         self.budget: int | None = None
-        self.notes: tuple[str, ...] = ()
-        self._slabs = 0
+        self._taken = 0
+        self._slabs = self._moves = self._moving = 0
         self._lock = threading.Lock()
-        self._machine: _CudaMachine | _HostMachine
-        self._machine = _CudaMachine(device) if self.kind == "cuda" else _HostMachine()
+        self._machine: CudaMachine | HostMachine
+        self._machine = CudaMachine(device) if self.kind == "cuda" else HostMachine()
         self.name, self.total, self.context = self._machine.name, self._machine.total, self._machine.context
         self.notes = self._machine.notes
+        self.grown = DriverGrowth(lambda: self._driver_bytes() - self.context)
 
-    @property
-    def context_counts(self) -> str:
-        """What `context` is, in a sentence."""
-        if self.kind == "cuda":
-            return "CUDA context and libraries of this process, read once before the first allocation"
-        return "Python and its libraries when the workbench started (anonymous memory), read once"
+    # what is held
 
     def reading(self) -> Reading:
-        """The device's figures now. Cheap: some 0.1 ms on CPU."""
-        return self._machine.reading(self._slabs, self.context)
+        """The device's figures now. Cheap: some 0.05 ms on CPU."""
+        if isinstance(self._machine, CudaMachine):
+            return self._machine.reading(self._slabs, self.context)
+        return self._machine.reading(self._slabs)
+
+    def counters(self) -> Counters:
+        """What our own counters say now, without asking the driver or the kernel."""
+        allocated, reserved = self._machine.allocator() if isinstance(self._machine, CudaMachine) else (0, 0)
+        return Counters(self._slabs, allocated, reserved, self._moves, self._moving > 0)
+
+    def holdings(self) -> Iterator[Row]:
+        """Rows of what belongs to the device itself: context, what the driver took later, cuBLAS's workspaces."""
+        if isinstance(self._machine, CudaMachine) and self._machine.workspaces:
+            yield Row("workspaces", "owner", "device", self._machine.workspaces, _WORKSPACES, within="allocator")
+        yield Row("context", "context", "device", self.context, _CONTEXT[self.kind])
+        grown = self.grown.nbytes
+        if grown:
+            counts = f"taken by CUDA and its libraries later, read before and after: {self.grown}"
+            yield Row("driver growth", "context", "device", grown, counts)
 
     def read_context(self) -> None:
         """Read `context` anew: what the process holds now, without weights and without torch's allocator."""
         gc.collect()
         if self.kind == "cpu":
             self._machine.trim()
-        reading = self.reading()
-        if reading.process is not None:
-            self.context = reading.process - reading.slabs - (reading.reserved or 0)
+        held = self._driver_bytes()
+        if held:
+            self.context = held
+            self.grown.forget()
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Open while memory outside torch's allocator is mapped or unmapped, up to its `hold`: a ledger read
+        meanwhile is read again, and so is the driver's growth. From any thread; brackets may overlap.
+        """
+        with self._lock:
+            self._moving += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._moving -= 1
+                self._moves += 1
+
+    def hold(self, nbytes: int) -> None:
+        """Count bytes of weights and pages outside the allocator: mapped (positive) or given back (negative)."""
+        with self._lock:
+            self._slabs += nbytes
+            self._moves += 1
+        if self.budget is not None:
+            self._apply_budget()
+
+    # what CUDA takes for itself
+
+    def growth(self, what: str, times: int | None = None) -> AbstractContextManager[None]:
+        """Count what the driver takes for itself meanwhile as ``what``, a part of the row ``driver growth``.
+
+        For the first use of kernels, for streams, for captured graphs: ``with accelerator.growth("first prefill"):``.
+        It waits for nothing (loading a kernel ends before its launch returns) and costs two readings of the process,
+        some 0.1 ms; brackets may lie in one another, and each counts its own. Nothing on a CPU, nor where the driver
+        hides what a process holds.
+
+        Args:
+            what: the event, as the row names it. The same name again adds to it.
+            times: measure only this many uses of the name, then cost nothing; None: every one.
+        """
+        if not isinstance(self._machine, CudaMachine) or self._machine.hidden:
+            return nullcontext()
+        return self._grow(what, times)
+
+    @contextmanager
+    def _grow(self, what: str, times: int | None) -> Iterator[None]:
+        try:
+            with self.grown.during(what, times):
+                yield
+        finally:
+            if self.budget is not None:
+                self.set_budget(self.budget)
+
+    def warm_up(self) -> None:
+        """Let CUDA's libraries take what they need for this thread and its current stream, as rows of their own.
+
+        Call it once on each thread, and in each stream, that computes: before that, cuBLAS's workspaces (32 MiB on
+        Hopper) would be bytes without an owner. Nothing on a CPU.
+        """
+        if isinstance(self._machine, CudaMachine):
+            with self.growth("libraries"):
+                self._machine.take_workspaces()
+
+    def _driver_bytes(self) -> int:
+        """What the process holds beside torch's allocator and the slabs, from figures of one moment; 0: hidden."""
+        held = 0
+        for _ in range(_TRIES):
+            before = self.counters()
+            process = self._machine.process_bytes()
+            after = self.counters()
+            held = 0 if process is None else process - after.reserved - after.slabs
+            if before == after and not after.moving:
+                break
+        return held
+
+    # what may be held
 
     def headroom(self) -> int:
         """Bytes that this process may still take on the device: what is free, and no more than its budget leaves.
@@ -101,18 +168,18 @@ class Accelerator:
     def set_budget(self, nbytes: int | None) -> None:
         """Cap what this process may use on the device, its context and weights included; None: the whole device.
 
-        On CUDA the allocator itself refuses to go beyond. On CPU the kernel does not enforce it: weights are checked
-        against it when they come in, and the engine checks between its steps.
+        On CUDA the allocator itself refuses to go beyond what context, driver growth, weights and pages leave of it. On
+        CPU the kernel does not enforce it: weights and pages are checked against it when they come in, and the engine
+        checks between its steps. A budget below what is held takes nothing away: it refuses whatever comes next.
         """
         self.budget = nbytes
+        # What the driver took outside of every bracket has no name, but takes its part of a card all the same.
+        self._taken = max(self.context + self.grown.nbytes, self._driver_bytes())
         self._apply_budget()
 
-    def hold(self, nbytes: int) -> None:
-        """Count bytes of weights that are mapped (positive) or given back (negative) outside the allocator."""
-        with self._lock:
-            self._slabs += nbytes
-        if self.budget is not None:
-            self._apply_budget()
+    def _apply_budget(self) -> None:
+        if isinstance(self._machine, CudaMachine):
+            self._machine.cap_allocator(None if self.budget is None else self.budget - self._slabs - self._taken)
 
     def give_back(self) -> int:
         """Return cached, unused memory to the system.
@@ -127,11 +194,6 @@ class Accelerator:
         if before.process is None or after.process is None:
             return after.free - before.free
         return before.process - after.process
-
-    def _apply_budget(self) -> None:
-        if isinstance(self._machine, _CudaMachine):
-            left = None if self.budget is None else self.budget - self._slabs - self.context
-            self._machine.cap_allocator(left)
 
 
 def open_accelerator(device: str | torch.device | None = None) -> Accelerator:
@@ -154,144 +216,8 @@ def open_accelerator(device: str | torch.device | None = None) -> Accelerator:
     return Accelerator(chosen)
 
 
-class _HostMachine:
-    """The host as the device: this process's anonymous memory."""
-
-    def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._limit, self._group = _cgroup()
-        machine = psutil.virtual_memory().total
-        self.total = min(machine, self._limit or machine)
-        where = "this container" if self.total < machine else "this machine"
-        self.name = f"CPU, memory of {where}"
-        self.notes: tuple[str, ...] = ()
-        if not getattr(self._process.memory_info(), "shared", 0):  # not Linux, or a sandbox that counts less
-            self.notes = ("this system does not tell anonymous memory apart: the process's resident memory is counted",)
-        gc.collect()
-        self.trim()
-        self.context = self._held()
-
-    def _held(self) -> int:
-        figures = self._process.memory_info()
-        return int(figures.rss - getattr(figures, "shared", 0))
-
-    def reading(self, slabs: int, context: int) -> Reading:
-        del context
-        free = int(psutil.virtual_memory().available)
-        if self._limit is not None and self._group is not None:
-            free = min(free, self._limit - _cgroup_use(self._group))
-        free = max(0, free)
-        return Reading(time.time(), self.total, free, self.total - free, self._held(), slabs=slabs)
-
-    def trim(self) -> None:
-        """Give the C allocator's free pages back (glibc; elsewhere the system does as it likes)."""
-        libc = _libc()
-        if libc is not None:
-            libc.malloc_trim(0)
-
-
-class _CudaMachine:
-    """A GPU: NVML for the device and the process, torch for its allocator."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        index = device.index or 0
-        fresh = not torch.cuda.is_initialized()
-        self._nvml, note = NvmlDevice.open(visible_device(index))
-        before = self._device_figures()[2] if fresh and self._nvml is not None else None
-        properties = torch.cuda.get_device_properties(device)
-        torch.cuda.mem_get_info(device)  # makes the context, if there is none yet
-        self.name = str(properties.name)
-        uuid = str(getattr(properties, "uuid", ""))
-        if uuid and self._nvml is not None:
-            self._nvml = NvmlDevice.open(uuid)[0] or self._nvml  # surer than an index, which may count otherwise
-        self.total, _, used, _ = self._device_figures()
-        # torch's own total is what its cap is a fraction of; NVML's also counts what the driver keeps.
-        self._allocatable = int(torch.cuda.mem_get_info(device)[1])
-        process = None if self._nvml is None else self._nvml.process_bytes()
-        self._hidden = process is None
-        if process is not None:
-            self.context = process - int(torch.cuda.memory_reserved(device))
-        else:
-            self.context = 0 if before is None else used - before
-        notes = [note] if note else []
-        if self._hidden:
-            notes.append(
-                "the driver hides what single processes hold here (a container, perhaps): this process is counted as "
-                "its allocator, its weights and a context "
-                + ("measured on the whole device" if before is not None else "of unknown size, shown as 0")
-            )
-        self.notes = tuple(notes)
-
-    def _device_figures(self) -> tuple[int, int, int, int | None]:
-        """Total, free, used, and what the driver keeps."""
-        if self._nvml is not None:
-            return self._nvml.memory()
-        free, total = torch.cuda.mem_get_info(self._device)
-        return total, free, total - free, None
-
-    def reading(self, slabs: int, context: int) -> Reading:
-        total, free, used, kept = self._device_figures()
-        stats = torch.cuda.memory_stats(self._device)
-        reserved = int(stats.get("reserved_bytes.all.current", 0))
-        allocated = int(stats.get("allocated_bytes.all.current", 0))
-        process = self._nvml.process_bytes() if self._nvml is not None and not self._hidden else None
-        if process is None:
-            process = reserved + slabs + context
-        return Reading(time.time(), total, free, used, process, kept, allocated, reserved, slabs)
-
-    def cap_allocator(self, nbytes: int | None) -> None:
-        fraction = 1.0 if nbytes is None else min(1.0, max(0.0, nbytes / self._allocatable))
-        torch.cuda.set_per_process_memory_fraction(fraction, self._device)
-
-    def trim(self) -> None:
-        torch.cuda.empty_cache()
-
-
-def _libc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim.argtypes = [ctypes.c_size_t]
-    except (OSError, AttributeError):  # another C library
-        return None
-    return libc
-
-
-def _cgroup() -> tuple[int | None, Path | None]:
-    """The memory limit that this process lives under, and the folder that tells its use."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None, None
-    folders = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            folders += [Path("/sys/fs/cgroup") / path.lstrip("/"), Path("/sys/fs/cgroup")]
-        elif "memory" in controllers.split(","):
-            folders += [Path("/sys/fs/cgroup/memory") / path.lstrip("/"), Path("/sys/fs/cgroup/memory")]
-    for folder in folders:
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            try:
-                text = (folder / name).read_text(encoding="ascii").strip()
-            except OSError:
-                continue
-            if text != "max" and int(text) < 1 << 60:
-                return int(text), folder
-    return None, None
-
-
-def _cgroup_use(folder: Path) -> int:
-    """Bytes in use under a limit, without file pages that the kernel would drop first."""
-    try:
-        name = "memory.current" if (folder / "memory.current").exists() else "memory.usage_in_bytes"
-        held = int((folder / name).read_text(encoding="ascii"))
-        for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines():
-            key, value = line.split()
-            if key == "inactive_file":
-                return held - int(value)
-    except (OSError, ValueError):
-        return 0
-    return held
+_CONTEXT = {
+    "cuda": "CUDA context and libraries of this process, read once before the first allocation",
+    "cpu": "Python and its libraries when the workbench started (anonymous memory), read once",
+}
+_WORKSPACES = "kept by cuBLAS for the engine's thread and streams, taken from torch's allocator; measured once"

@@ -7,6 +7,7 @@ device are disjoint and add up to its total; only ``unattributed`` is a differen
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from autoglm_lab.memory.ledger_view import html, svg, text
 
 if TYPE_CHECKING:
-    from autoglm_lab.memory.accelerator import Accelerator, Reading
+    from autoglm_lab.memory.accelerator import Accelerator
+    from autoglm_lab.memory.reading import Reading
 
 Place = Literal["device", "host", "disk"]
 RowKind = Literal[
@@ -41,6 +43,8 @@ class Row:
         place: ``device`` rows add up to the device's total; ``host`` and ``disk`` rows stand beside it.
         nbytes: bytes, or None where the machine cannot tell.
         counts: what the row counts and where the figure comes from, in one sentence.
+        within: where in torch's device allocator the bytes lie: ``allocator``, in tensors; ``cache``, held but in no
+            tensor, as a captured graph's private pool. None: memory of their own, as slabs and pages.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Row:
     place: Place
     nbytes: int | None
     counts: str = ""
+    within: Literal["allocator", "cache"] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,15 +133,15 @@ class Owner(Protocol):
         ...
 
 
-_SETTLED = 1 << 20
 _TRIES = 3
+_PAUSE = 0.001
 
 
 class LedgerBook:
     """The owners of one device, and readings of it.
 
-    Owners may come and go from any thread. A reading is taken between two equal readings of the device where that can
-    be had, so that no figure straddles a change.
+    Owners may come and go from any thread. A reading is taken while nothing of ours changes, where that can be had, so
+    that no figure straddles a change.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -163,31 +168,28 @@ class LedgerBook:
         """
         with self._lock:
             owners = tuple(self._owners)
-        reading = self._accelerator.reading()
-        for _ in range(_TRIES):
+        for left in reversed(range(_TRIES)):
+            before = self._accelerator.counters()
             owned = [row for owner in owners for row in owner.holdings()]
-            again = self._accelerator.reading()
-            settled = _same(reading, again)
-            reading = again
-            if settled:
+            reading = self._accelerator.reading()
+            after = self._accelerator.counters()
+            if (before == after and not after.moving) or not left:
                 break
+            time.sleep(_PAUSE if after.moving else 0)
         return _compose(self._accelerator, reading, owned, phase, budget)
-
-
-def _same(one: Reading, other: Reading) -> bool:
-    if (one.slabs, one.reserved, one.allocated) != (other.slabs, other.reserved, other.allocated):
-        return False
-    return one.process is None or other.process is None or abs(one.process - other.process) < _SETTLED
 
 
 def _compose(accelerator: Accelerator, reading: Reading, owned: list[Row], phase: str, budget: int | None) -> Ledger:
     process = reading.process
     cuda = accelerator.kind == "cuda"
-    rest = [Row("context", "context", "device", accelerator.context, accelerator.context_counts)]
+    own = [*accelerator.holdings()]
+    owned += [row for row in own if row.kind in _OWNED]
+    rest = [row for row in own if row.kind not in _OWNED]
     if reading.reserved is not None and reading.allocated is not None:
-        cached = reading.reserved - reading.allocated
+        pooled = sum(row.nbytes or 0 for row in owned if row.within == "cache" and row.place == "device")
+        cached = max(0, reading.reserved - reading.allocated - pooled)
         rest.append(
-            Row("allocator cache", "allocator cache", "device", cached, "held by torch's allocator, not in any tensor")
+            Row("allocator cache", "allocator cache", "device", cached, "held by torch's allocator, in no tensor")
         )
     kept = reading.driver_reserved
     if kept is not None:
@@ -215,8 +217,8 @@ def _compose(accelerator: Accelerator, reading: Reading, owned: list[Row], phase
 
 _OWNED: tuple[RowKind, ...] = ("weights", "kv", "owner", "activations")
 _UNATTRIBUTED = {
-    True: "no owner answers for it: tensors in your variables, activations, workspaces",
-    False: "no owner answers for it: your variables, activations, Python since the start",
+    True: "no owner answers for it: tensors in your variables; while a phase runs, its activations too",
+    False: "no owner answers for it: your variables, Python since the start; while a phase runs, its activations too",
 }
 _OTHERS = {
     True: "in use on the device as the driver reports it, less this process",

@@ -80,7 +80,7 @@ def test_without_a_gpu_the_cpu_is_the_device() -> None:
 def test_a_container_s_limit_is_the_total(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     from pathlib import Path
 
-    from autoglm_lab.memory import accelerator as module
+    from autoglm_lab.memory import host_machine as module
 
     group = Path(str(tmp_path))
     (group / "memory.current").write_text(str(700 * MiB))
