@@ -89,6 +89,8 @@ class Answer:
         reasoning: the thought; empty where there was none.
         finish_reason: ``stop``, ``length``, ``cancelled`` or ``error``.
         peak_bytes: by phase, the most bytes the process held on the device, as far as the machine tells.
+        work_bytes: by phase, the most bytes it held beyond what stood when the phase began: activations, and what
+            stayed of them.
     """
 
     text: str
@@ -98,6 +100,7 @@ class Answer:
     timings: Timings
     peak_bytes: dict[str, int] = field(default_factory=dict)
     conversation: str = "main"
+    work_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def figures(self) -> str:

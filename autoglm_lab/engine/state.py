@@ -13,7 +13,7 @@ from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event, EventKind
 from autoglm_lab.memory.kv_pool import KvPool
-from autoglm_lab.memory.peak import PeakMeter
+from autoglm_lab.memory.peak import PeakMeter, PhasePeaks
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
@@ -47,7 +47,7 @@ class EngineState:
     pool: KvPool | None = None
     context_tokens: int | None = None
     phase: str = "idle"
-    peaks: tuple[dict[str, int], ...] = ()
+    peaks: tuple[PhasePeaks, ...] = ()
     in_use: frozenset[str] = frozenset()
     tokens_per_second: float | None = None
     meanwhile: Callable[[], None] = lambda: None
@@ -56,7 +56,7 @@ class EngineState:
     def tokenizer(self) -> Any:
         return getattr(self.processor, "tokenizer", self.processor)
 
-    def enter(self, phase: str, *peaks: dict[str, int]) -> None:
+    def enter(self, phase: str, *peaks: PhasePeaks) -> None:
         """Begin a phase; its peak is written to ``peaks`` when the next one begins."""
         self.phase, self.peaks = phase, peaks
         self.meter.enter(None if phase == "idle" else phase, peaks)

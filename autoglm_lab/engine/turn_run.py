@@ -19,6 +19,7 @@ from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timin
 from autoglm_lab.engine.recovery import recovering
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import ContextLimitError, LabError
+from autoglm_lab.memory.peak import PhasePeaks
 from autoglm_lab.policy import GenerationPolicy, KvPolicy
 
 Steps = Generator[int, torch.Tensor, None]
@@ -48,7 +49,7 @@ class TurnRun:
         self._state = state
         self._submitted = time.monotonic()
         self._first_token: float | None = None
-        self.peaks: dict[str, int] = {}
+        self.peaks = PhasePeaks()
 
     def start_clock(self) -> None:
         """Time to the first token counts from now: for a live turn, from the moment the question is closed."""
@@ -185,7 +186,8 @@ class TurnRun:
             total=now - self._submitted,
             tokens_per_second=(count - 1) / (now - first) if first is not None and count > 1 else None,
         )
-        return Answer(text, reasoning, reason, usage, timings, dict(self.peaks), self.conversation.name)
+        peaks, work = dict(self.peaks.process), dict(self.peaks.work)
+        return Answer(text, reasoning, reason, usage, timings, peaks, self.conversation.name, work)
 
 
 _NO_LIMIT = 1 << 60

@@ -1,19 +1,30 @@
-"""The most bytes the process held during a phase, exact to the allocation: a poll would miss a short peak."""
+"""The most bytes that a phase held, exact to the allocation: a poll would miss a short peak."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+from autoglm_lab.memory.high_water import Watch, high_water
+
+
+@dataclass
+class PhasePeaks:
+    """Peaks by phase, in bytes; where a phase came again, the higher one.
+
+    Attributes:
+        process: the most that the process held on the device.
+        work: the most that was held beyond what stood when the phase began: its activations, and what stayed of it.
+    """
+
+    process: dict[str, int] = field(default_factory=dict)
+    work: dict[str, int] = field(default_factory=dict)
 
 
 class PeakMeter:
-    """Peaks by phase. One thread enters phases; the peaks belong to whoever passed the dictionaries.
+    """Peaks by phase. One thread enters phases; the peaks belong to whoever passed them.
 
     On CUDA: the process's bytes with the allocator's reserved bytes at their peak. On a CPU under Linux: the kernel's
     high-water mark of resident memory less what is backed by files. Elsewhere there are no peaks.
@@ -24,48 +35,25 @@ class PeakMeter:
     """
 
     def __init__(self, device: torch.device, process: Callable[[], int | None]) -> None:
-        self._device, self._process = device, process
+        self._marks, self._process = high_water(device), process
         self._phase: str | None = None
-        self._peaks: tuple[dict[str, int], ...] = ()
-        self.available = device.type == "cuda" or _reset_high_water()
+        self._peaks: tuple[PhasePeaks, ...] = ()
+        self._watch: Watch | None = None
 
-    def enter(self, phase: str | None, peaks: tuple[dict[str, int], ...] = ()) -> None:
+    def enter(self, phase: str | None, peaks: tuple[PhasePeaks, ...] = ()) -> None:
         """End the phase under way, writing its peak, and begin ``phase``; None only ends.
 
         Args:
             peaks: where the peak of ``phase`` is to be written: one for each turn of a batch.
         """
         same = phase == self._phase and [*map(id, peaks)] == [*map(id, self._peaks)]
-        if not self.available or same:
+        if not self._marks.available or same:
             return
-        measured = self._read() if self._phase is not None and self._peaks else None
-        if measured is not None and self._phase is not None:
+        if self._watch is not None and self._phase is not None:
+            peak = self._marks.close(self._watch, self._process())
             for kept in self._peaks:
-                kept[self._phase] = max(measured, kept.get(self._phase, 0))
+                kept.work[self._phase] = max(peak.work, kept.work.get(self._phase, 0))
+                if peak.process is not None:
+                    kept.process[self._phase] = max(peak.process, kept.process.get(self._phase, 0))
         self._phase, self._peaks = phase, peaks
-        if phase is not None:
-            self._begin()
-
-    def _begin(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        else:
-            _reset_high_water()
-
-    def _read(self) -> int | None:
-        if self._device.type == "cuda":
-            process = self._process()
-            stats: dict[str, Any] = torch.cuda.memory_stats(self._device)
-            growth = stats["reserved_bytes.all.peak"] - stats["reserved_bytes.all.current"]
-            return None if process is None else process + int(growth)
-        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        high, file, shared = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssFile", "RssShmem"))
-        return high - file - shared
-
-
-def _reset_high_water() -> bool:
-    try:
-        _CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return _STATUS.exists()
+        self._watch = None if phase is None else self._marks.open()

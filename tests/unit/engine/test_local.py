@@ -389,3 +389,9 @@ def test_a_workbench_that_nobody_holds_goes_away() -> None:
         gc.collect()
         time.sleep(0.1)
     assert engine() is None
+
+
+def test_an_answer_says_what_each_phase_took_above_its_start(wb: lab.Workbench) -> None:
+    answer = wb.chat("你是谁?").result(60)
+    assert {"prefill", "decode"} <= set(answer.work_bytes) == set(answer.peak_bytes)
+    assert all(0 <= answer.work_bytes[phase] < nbytes for phase, nbytes in answer.peak_bytes.items())
