@@ -19,8 +19,9 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import EngineClosedError, ModuleError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.kv_pool import KvPool, PageShape
+from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
+from autoglm_lab.memory.page_format import PageFormat
 from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
@@ -100,8 +101,8 @@ class Workbench:
             residency.close()
             raise
         book.register(residency)
-        shape = PageShape.of(resolved.config, resolved.dtype)
-        pool = None if shape is None else KvPool(shape, accelerator)
+        form = PageFormat.of(resolved.config, resolved.dtype, policy.kv.precision)
+        pool = None if form is None else KvPool(form, accelerator, policy.kv.place)
         state = EngineState(
             model=resolved.model,
             processor=resolved.processor,
@@ -116,6 +117,7 @@ class Workbench:
             pool=pool,
             context_tokens=_context_tokens(resolved.config),
         )
+        state.prepare_steps()
         _mark_encoding(residency, state)
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")

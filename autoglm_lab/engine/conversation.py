@@ -49,6 +49,15 @@ class Conversations:
         conversation.last_used = time.monotonic()
         return conversation
 
+    def use(self, pool: KvPool | None) -> None:
+        """Keep keys and values in this pool from now on; who has a turn under way, from its next turn on."""
+        self._pool = pool
+        for one in self:
+            other = one.kv.paged is not None and one.kv.paged.pool is not pool
+            if other and not one.busy:
+                one.kv.clear()
+                one.kv = KvState(pool)
+
     def __iter__(self) -> Iterator[Conversation]:
         return iter(tuple(self._by_name.values()))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
-from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PagedSequence
+from autoglm_lab.errors import ContextLimitError
+from autoglm_lab.memory.kv_pool import KvPool, PagedSequence
+from autoglm_lab.memory.page_format import PAGE_TOKENS
 from autoglm_lab.memory.prefix_index import page_keys
 
 
@@ -19,6 +22,12 @@ class KvState:
 
     Args:
         pool: the pages; None for transformers' own cache.
+
+    Attributes:
+        ids: every token that was read, those included that a window has forgotten since.
+        delta: what the next token's position has above the count of tokens.
+        window: most tokens kept and first tokens that stay, where older ones are forgotten on the way; None: all stay.
+        position_state: what the model itself keeps of the positions, where it cannot be told them.
     """
 
     def __init__(self, pool: KvPool | None = None) -> None:
@@ -27,7 +36,20 @@ class KvState:
         self.runs: tuple[MediaRun, ...] = ()
         self.paged = None if pool is None else PagedSequence(pool)
         self.own: DynamicCache | None = None
+        self.delta = 0
+        self.window: tuple[int, int] | None = None
         self.position_state: dict[int, Any] = {}
+
+    @property
+    def held(self) -> int:
+        """Tokens whose keys and values are there."""
+        return len(self.ids) if self.paged is None else self.paged.tokens
+
+    @property
+    def forgotten(self) -> tuple[int, int]:
+        """The span ``(first, last + 1)`` of tokens that the window has forgotten; empty where it has not."""
+        first = 0 if self.paged is None else self.paged.hole
+        return first, first + len(self.ids) - self.held
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +68,16 @@ class KvState:
     def clear(self) -> None:
         """Forget everything; the keys and values are given back."""
         self.ids, self.blocks, self.runs, self.own, self.position_state = [], None, (), None, {}
+        self.delta = 0
         if self.paged is not None:
             self.paged.keep(0)
 
     def keep(self, length: int) -> None:
-        """Keep the first ``length`` tokens; the memory of the others is really freed."""
+        """Keep the first ``length`` tokens, fewer where some were forgotten; the others' memory is really freed."""
         if self.paged is not None:
-            self.paged.keep(length)
+            first, last = self.forgotten
+            length = length if length >= last else min(length, first)
+            self.paged.keep(length - (last - first if length >= last else 0))
         elif length == 0 or self.own is None or not _croppable(self.own):
             self.clear()
             return
@@ -75,15 +100,42 @@ class KvState:
             self.clear()
             return 0
         length = reusable(prompt, self.ids, self.blocks, self.runs)
+        first, last = self.forgotten
+        if length < last:
+            length = reusable(prompt, self.ids[:first], None if self.blocks is None else self.blocks[:first], self.runs)
         if self.paged is not None and share:
             length = max(length, self._adopt(self.paged, prompt, length))
         self.keep(length)
         return length
 
+    def make_room(self, new: int) -> None:
+        """Forget tokens between the first ones that stay and the latest, so that ``new`` more fit into the window.
+
+        Raises:
+            ContextLimitError: they do not fit beside the first ones.
+        """
+        if self.window is None or self.paged is None:
+            return
+        most, sinks = self.window
+        over = self.paged.tokens + new - most
+        if over > 0 and not self.paged.forget(over, sinks):
+            raise ContextLimitError(
+                f"{new:,} tokens that must be read together do not fit a window of {most:,} tokens beside {sinks:,} "
+                "that stay: raise kv.max_tokens, or lower kv.sinks or kv.chunk"
+            )
+
+    def without_forgotten(self, values: Sequence[int]) -> list[int]:
+        """``values``, one a token, without those of forgotten tokens."""
+        first, last = self.forgotten
+        return [*values[:first], *values[last:]]
+
     def publish(self) -> None:
         """Let other conversations find the full pages."""
         if self.paged is not None and not self.position_state:
-            keys = page_keys(self.ids, self.blocks, [run.span for run in self.runs], PAGE_TOKENS)
+            first, last = self.forgotten
+            exact = len(self.ids) if first == last else first  # what came later has not seen all that its key covers
+            media = [run.span for run in self.runs]
+            keys = page_keys(self.ids, self.blocks, media, PAGE_TOKENS)[: exact // PAGE_TOKENS]
             self.paged.pool.prefixes.add(keys, self.paged.pages[: len(keys)])
 
     def _adopt(self, paged: PagedSequence, prompt: Prompt, own: int) -> int:

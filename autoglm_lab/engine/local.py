@@ -30,6 +30,7 @@ from autoglm_lab.errors import (
     PolicyError,
 )
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
 
@@ -54,6 +55,8 @@ class LocalEngine:
         self._ticked = 0.0
         self._closed = False
         self._gate = threading.Lock()
+        self._old_pools: list[KvPool] = []
+        book.register(state)
         book.register(state.conversations)
         if state.pool is not None:
             book.register(state.pool)
@@ -107,6 +110,7 @@ class LocalEngine:
         *,
         conversation: str = "main",
         live: bool = False,
+        replace: bool = False,
         **options: Any,
     ) -> Turn:
         """Append messages to a conversation and answer them. Returns at once.
@@ -115,6 +119,8 @@ class LocalEngine:
             messages: OpenAI-style, see `engine.messages`.
             conversation: its name; begun if new. A turn waits for the one before it.
             live: leave the question open for `Turn.feed` until `Turn.ask`.
+            replace: the messages are the whole dialogue, as a client without state sends it; what the conversation
+                had before is forgotten, and its keys and values are kept as far as both begin alike.
             options: generation settings for this turn alone, as in ``policy.generation``.
 
         Raises:
@@ -129,7 +135,7 @@ class LocalEngine:
         self._check_media(read, live)
         feed, ask = (self._feed, self._ask) if live else (None, None)
         turn = Turn(conversation, cancel=self._cancel, feed=feed, ask=ask)
-        self._post(lambda: self._begin(turn, read, settings, live))
+        self._post(lambda: self._begin(turn, read, settings, live, replace))
         return turn
 
     def set_policy(self, policy: MemoryPolicy) -> None:
@@ -226,8 +232,11 @@ class LocalEngine:
             self._turns.cancel()
             self.work()
 
-    def _begin(self, turn: Turn, messages: tuple[Message, ...], settings: GenerationPolicy, live: bool) -> None:
-        run = TurnRun(self._state, turn, self._state.conversations.get(turn.conversation), messages, settings)
+    def _begin(
+        self, turn: Turn, messages: tuple[Message, ...], settings: GenerationPolicy, live: bool, replace: bool
+    ) -> None:
+        conversation = self._state.conversations.get(turn.conversation)
+        run = TurnRun(self._state, turn, conversation, messages, settings, replace=replace)
         turn.run = run
         run.cancelled = turn.cancelled
         if live and not run.cancelled:
@@ -238,6 +247,9 @@ class LocalEngine:
     def _after(self) -> None:
         state = self._state
         self._answers += 1
+        if self._old_pools:
+            state.conversations.use(state.pool)
+            self._close_old_pools()
         for conversation in state.conversations.idle_by_age()[: -state.policy.kv.max_conversations]:
             evict(state, conversation, f"more than kv.max_conversations = {state.policy.kv.max_conversations}")
         why = state.reclaimer.due(self._answers, self.ledger(), state.policy.reclaim)
@@ -254,11 +266,37 @@ class LocalEngine:
             state.accelerator.set_budget(before.budget)
             raise
         state.policy = policy
+        kept, wanted = before.kv, policy.kv
+        if (kept.precision, kept.place) != (wanted.precision, wanted.place) and state.pool is not None:
+            self._change_pages()
+        elif kept.graphs != wanted.graphs:
+            state.prepare_steps()
         if policy.budget != before.budget:
             state.event("budget", "the process" if policy.budget else "none: the whole device", nbytes=policy.budget)
         for part in ("kv", "reclaim", "generation"):
             if getattr(policy, part) != getattr(before, part):
                 state.event("policy", part, why="from the next turn on")
+
+    def _change_pages(self) -> None:
+        """Begin with pages of another kind: at once for who is idle, from its next turn on for who is answering."""
+        state = self._state
+        assert state.pool is not None
+        old, kv = state.pool, state.policy.kv
+        for conversation in state.conversations.idle_by_age():
+            evict(state, conversation, "the policy keeps keys and values in another way")
+        state.pool = KvPool(old.form.at(kv.precision), state.accelerator, kv.place)
+        state.conversations.use(state.pool)
+        self._book.register(state.pool)
+        state.prepare_steps()
+        self._old_pools.append(old)
+        self._close_old_pools()
+
+    def _close_old_pools(self) -> None:
+        for pool in tuple(self._old_pools):
+            if not pool.used_pages:
+                self._book.unregister(pool)
+                pool.close()
+                self._old_pools.remove(pool)
 
     def _feed(self, turn: Turn, pcm: Any) -> None:
         def run() -> None:
@@ -366,6 +404,9 @@ def _close(state: EngineState, book: LedgerBook) -> None:
     for conversation in state.conversations:
         conversation.kv.clear()
     book.unregister(state.conversations)
+    book.unregister(state)
+    if state.stepper.graphs is not None:
+        state.stepper.graphs.clear()
     if state.pool is not None:
         book.unregister(state.pool)
         state.pool.close()

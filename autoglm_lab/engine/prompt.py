@@ -67,19 +67,39 @@ class Prompt:
         """The media tensors that the tokens from ``start`` on need: those of media before it are left out."""
         chosen: dict[str, torch.Tensor] = {}
         for kind, names in _MEDIA_INPUTS.items():
-            needed = len(self.runs_from(start, kind))
-            for name in names:
-                if needed and name in self.inputs:
-                    chosen[name] = self.inputs[name][-needed:] if start else self.inputs[name]
+            needed = self.runs_from(start, kind)
+            given = [name for name in names if needed and name in self.inputs]
+            if not start:
+                chosen |= {name: self.inputs[name] for name in given}
+            elif given:
+                parts = [self.inputs_of(run) for run in needed]
+                chosen |= {name: torch.cat([part[name] for part in parts]) for name in given}
         known = {name for names in _MEDIA_INPUTS.values() for name in names}
         return chosen | {name: value for name, value in self.inputs.items() if name not in known}
 
+    def inputs_of(self, run: MediaRun) -> dict[str, torch.Tensor]:
+        """The media tensors of one image or sound, a batch of one; empty where they cannot be told apart."""
+        fellows = [one for one in self.runs if one.kind == run.kind]
+        index = fellows.index(run)
+        chosen: dict[str, torch.Tensor] = {}
+        for name in _MEDIA_INPUTS[run.kind]:
+            value = self.inputs.get(name)
+            if value is None:
+                continue
+            if value.shape[0] == len(fellows):
+                chosen[name] = value[index : index + 1]
+                continue
+            sizes = self.inputs["image_grid_thw"].prod(-1).tolist() if "image_grid_thw" in self.inputs else []
+            if name != "pixel_values" or len(sizes) != len(fellows) or sum(sizes) != value.shape[0]:
+                return {}
+            first = sum(sizes[:index])  # patches of all images in one row
+            chosen[name] = value[first : first + sizes[index]]
+        return chosen
+
     def sliceable(self) -> bool:
-        """Whether the media tensors have one row an image or sound, so that a reused prefix can leave its media out."""
-        for kind, names in _MEDIA_INPUTS.items():
-            count = sum(run.kind == kind for run in self.runs)
-            if any(name in self.inputs and self.inputs[name].shape[0] != count for name in names):
-                return False
+        """Whether each medium's tensors can be told apart, so that a reused prefix can leave its media out."""
+        if not all(self.inputs_of(run) for run in self.runs):
+            return False
         return all(name in _MEDIA_INPUTS["image"] + _MEDIA_INPUTS["audio"] for name in self.inputs)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autoglm_lab.engine.conversation import Conversations
+from autoglm_lab.engine.decode_graphs import DecodeGraphs
+from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event, EventKind
 from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.ledger import Row
+from autoglm_lab.memory.page_format import PAGE_TOKENS
 from autoglm_lab.memory.peak import PeakMeter, PhasePeaks
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
@@ -70,6 +74,42 @@ class EngineState:
     def event_of(self, event: Event) -> Event:
         self.sampler.record(event)
         return event
+
+    def kv_limit(self) -> int | None:
+        """Most tokens of one conversation that the policy allows; None: as many as the model takes."""
+        kv = self.policy.kv
+        limits = [] if kv.max_tokens is None else [kv.max_tokens]
+        if kv.max_bytes is not None and self.pool is not None:
+            limits.append(kv.max_bytes // self.pool.page_bytes * PAGE_TOKENS)
+        return min(limits, default=None)
+
+    def prepare_steps(self) -> None:
+        """Make what runs the steps, for the pages and the policy as they are now."""
+        old = self.stepper.graphs if self.stepper is not None else None
+        if old is not None:
+            old.clear()
+        graphs = None
+        if self.pool is not None and self.accelerator.kind == "cuda" and self.policy.kv.graphs:
+            graphs = DecodeGraphs(
+                self.model,
+                self.pool,
+                planes=Positions(self.model).planes,
+                context_tokens=self.context_tokens,
+                meanwhile=self._serve,
+                told=self._note_graph,
+            )
+        self.stepper = Stepper(self.model, graphs=graphs)
+
+    def _serve(self) -> None:
+        self.meanwhile()
+
+    def _note_graph(self, text: str, seconds: float) -> None:
+        self.event("note", "decode graphs", seconds=seconds, why=text)
+
+    def holdings(self) -> Iterable[Row]:
+        """Rows of what the steps keep on the device."""
+        graphs = self.stepper.graphs
+        return () if graphs is None else graphs.holdings()
 
     def reclaim(self, why: str) -> Event:
         """Give unused memory back to the system, KV pages too; recorded."""

@@ -1,4 +1,4 @@
-"""One forward: a prefill of one conversation, or a decode step of a batch of them.
+"""One forward: a chunk of one conversation's prompt, or a decode step of a batch of conversations.
 
 A step either ends, and then its tokens are committed to the conversation's `KvState`, or it fails, and then the state
 is as it was before.
@@ -6,49 +6,110 @@ is as it was before.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from autoglm_lab.engine.decode_graphs import DecodeGraphs
+from autoglm_lab.engine.encoder import Encoder, Features
 from autoglm_lab.engine.kv_state import KvState
+from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.errors import ConversationError
-from autoglm_lab.memory.kv_pool import PagedCache
+from autoglm_lab.memory.kv_pool import PagedSequence
+from autoglm_lab.memory.paged_attention import decoder_configs, paged
+from autoglm_lab.memory.paged_cache import PagedCache
+from autoglm_lab.schedule import prefill_chunks
+
+_NO_LIMIT = 1 << 60
 
 
 class Stepper:
-    """Runs a model one step at a time: the prefill of one prompt, or a token of each conversation of a batch."""
+    """Runs a model one step at a time.
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    Args:
+        features: keeps the outputs of encoders by content; None: nothing is kept.
+        graphs: decodes through captured graphs where they are given and fit.
+
+    Attributes:
+        encoder: runs the encoders apart from the decoder.
+    """
+
+    def __init__(self, model: Any, *, features: Features | None = None, graphs: DecodeGraphs | None = None) -> None:
+        self._model, self.graphs = model, graphs
+        self.encoder = Encoder(model, features)
+        self._positions = Positions(model)
+        self._configs = decoder_configs(model) if self._positions.stated else ()
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
-        # Some families (Glm4v, Qwen-VL) keep the positions of the last conversation on a module.
-        self._positioned = [module for module in model.modules() if hasattr(module, "rope_deltas")]
 
     @torch.no_grad()
-    def prefill(self, state: KvState, prompt: Prompt, start: int) -> torch.Tensor:
+    def prefill(
+        self,
+        state: KvState,
+        prompt: Prompt,
+        start: int,
+        *,
+        chunk: int = _NO_LIMIT,
+        between: Callable[[], bool] = lambda: True,
+    ) -> Tensor | None:
         """Read ``prompt`` from token ``start`` on; what is before stands in ``state`` (see `KvState.begin`).
 
+        Args:
+            chunk: most tokens of one forward.
+            between: asked between two chunks whether to go on.
+
         Returns:
-            Logits ``[vocab]`` after the last token, float32.
+            Logits ``[vocab]`` after the last token, float32; None where ``between`` said no: what was read stays.
+
+        Raises:
+            ContextLimitError: a piece that must be read at once does not fit the window.
         """
-        device = self._model.device
-        arguments: dict[str, Any] = {name: value.to(device) for name, value in prompt.inputs_from(start).items()}
-        arguments |= _live_audio(self._model, prompt, start, arguments)
-        if prompt.blocks is not None:
-            arguments["block_sequence_ids"] = torch.tensor([prompt.blocks], device=device)
-        logits = self._one(state, prompt.ids[start:], arguments)
-        state.blocks = None if prompt.blocks is None else [*prompt.blocks]
-        state.runs = prompt.runs
+        try:
+            return self._prefill(state, prompt, start, chunk, between)
+        except BaseException:
+            state.keep(start)
+            raise
+
+    def _prefill(
+        self, state: KvState, prompt: Prompt, start: int, chunk: int, between: Callable[[], bool]
+    ) -> Tensor | None:
+        end, device = len(prompt.ids), self._model.device
+        places = self._positions.of(prompt)
+        outputs = self.encoder.encode(prompt, start) if self.encoder.separate(prompt, start) else None
+        whole = [] if outputs is not None else [(run.start, run.start + run.length) for run in prompt.runs]
+        if places is None:  # only the model knows, from all of the prompt
+            chunks = [(start, end)]
+        else:
+            state.delta = places.delta
+            chunks = prefill_chunks(start, end, _fitting(chunk, state), prompt.blocks, whole)
+        logits: Tensor | None = None
+        for first, last in chunks:
+            if first > start and not between():
+                return None
+            state.make_room(last - first)
+            arguments: dict[str, Any] = {}
+            if outputs is not None:
+                arguments |= self.encoder.arguments(prompt, outputs, first, last)
+            else:
+                arguments |= _media_of(prompt, first, last, device)
+            if places is not None and self._positions.stated:
+                arguments["position_ids"] = places.ids[..., first:last].to(device)
+            if prompt.blocks is not None:
+                blocks = state.without_forgotten(prompt.blocks[:last])
+                arguments["block_sequence_ids"] = torch.tensor([blocks], device=device)
+            logits = self._one(state, prompt.ids[first:last], arguments, told=places is not None)
+            state.blocks = None if prompt.blocks is None else [*prompt.blocks[:last]]
+            state.runs = tuple(run for run in prompt.runs if run.start < last)
         state.publish()
         return logits
 
     @torch.no_grad()
-    def decode(self, states: Sequence[KvState], tokens: Sequence[int]) -> list[torch.Tensor]:
+    def decode(self, states: Sequence[KvState], tokens: Sequence[int]) -> list[Tensor]:
         """Read one generated token of each conversation, in one forward where the model allows it.
 
         Returns:
@@ -61,29 +122,42 @@ class Stepper:
             raise ConversationError(
                 "a step failed, and this model's cache cannot be taken back to before it: ask again"
             )
-        if len(states) > 1 and not self._positioned and all(state.paged is not None for state in states):
-            logits = self._batch(states, tokens)
+        for state in states:
+            state.make_room(1)
+        told = not any(state.position_state for state in states)
+        together = _together(states) if told and self._positions.stated else None
+        if together is not None and (self.graphs is not None or len(states) > 1):
+            logits = self._batch(states, together, tokens)
         else:
-            logits = [self._one(state, (token,), {}) for state, token in zip(states, tokens, strict=True)]
+            logits = [self._next(state, token) for state, token in zip(states, tokens, strict=True)]
         for state in states:
             if state.blocks is not None:
                 state.blocks.append(-1)
         return logits
 
-    def _one(self, state: KvState, ids: Sequence[int], arguments: dict[str, Any]) -> torch.Tensor:
+    def _next(self, state: KvState, token: int) -> Tensor:
+        told = not state.position_state
+        arguments: dict[str, Any] = {}
+        if told and self._positions.stated:
+            arguments["position_ids"] = self._after([state])
+        return self._one(state, (token,), arguments, told=told)
+
+    def _one(self, state: KvState, ids: Sequence[int], arguments: dict[str, Any], *, told: bool) -> Tensor:
+        """Read ``ids`` after what ``state`` holds; ``told``: the positions are among the arguments."""
         before, device = len(state.ids), self._model.device
-        for index, module in enumerate(self._positioned):
-            module.rope_deltas = state.position_state.get(index)
+        if not told:
+            for index, module in enumerate(self._positions.kept):
+                module.rope_deltas = state.position_state.get(index)
         cache: Cache
         if state.paged is not None:
-            cache = PagedCache([state.paged], len(ids))
+            cache = PagedCache([state.paged], len(ids), gathers=not self._configs)
         else:
             cache = state.own = DynamicCache(config=self._model.config) if state.own is None else state.own
         try:
             logits = self._forward(
                 cache,
                 input_ids=torch.tensor([list(ids)], device=device),
-                attention_mask=torch.ones((1, before + len(ids)), dtype=torch.long, device=device),
+                attention_mask=torch.ones((1, state.held + len(ids)), dtype=torch.long, device=device),
                 **arguments,
             )[0]
         except BaseException:
@@ -91,49 +165,81 @@ class Stepper:
             raise
         if isinstance(cache, PagedCache):
             cache.commit()
-        states = [module.rope_deltas for module in self._positioned]
-        state.position_state = {index: value for index, value in enumerate(states) if value is not None}
+        if not told:
+            kept = [module.rope_deltas for module in self._positions.kept]
+            state.position_state = {index: value for index, value in enumerate(kept) if value is not None}
         state.ids.extend(ids)
         return logits
 
-    def _batch(self, states: Sequence[KvState], tokens: Sequence[int]) -> list[torch.Tensor]:
-        cache = PagedCache([state.paged for state in states if state.paged is not None], 1)
-        implementation = self._model.config.get_text_config()._attn_implementation  # noqa: SLF001 - it has no public name
+    def _batch(
+        self, states: Sequence[KvState], sequences: Sequence[PagedSequence], tokens: Sequence[int]
+    ) -> list[Tensor]:
+        positions = self._after(states)
+        logits = None if self.graphs is None else self.graphs.step(sequences, tokens, positions)
+        if logits is None:
+            logits = self._eager(sequences, tokens, positions)
+        for state, token in zip(states, tokens, strict=True):
+            state.ids.append(token)
+        return list(logits)
+
+    def _eager(self, sequences: Sequence[PagedSequence], tokens: Sequence[int], positions: Tensor) -> Tensor:
+        cache = PagedCache(sequences, 1, gathers=not self._configs)
+        mask = None
+        if not self._configs:
+            implementation = self._model.config.get_text_config()._attn_implementation  # noqa: SLF001 - it has no public name
+            mask = cache.mask(self._model.dtype, additive=implementation == "eager")
         try:
             logits = self._forward(
                 cache,
                 input_ids=torch.tensor(tokens, device=self._model.device)[:, None],
-                attention_mask=cache.mask(self._model.dtype, additive=implementation == "eager"),
-                position_ids=cache.positions,
+                attention_mask=mask,
+                position_ids=positions.to(self._model.device),
             )
         except BaseException:
             cache.roll_back()
             raise
         cache.commit()
-        for state, token in zip(states, tokens, strict=True):
-            state.ids.append(token)
-        return list(logits)
+        return logits
 
-    def _forward(self, cache: Cache, **arguments: Any) -> torch.Tensor:
+    def _after(self, states: Sequence[KvState]) -> Tensor:
+        return self._positions.after([len(state.ids) for state in states], [state.delta for state in states]).to(
+            self._model.device
+        )
+
+    def _forward(self, cache: Cache, **arguments: Any) -> Tensor:
         """Logits ``[batch, vocab]`` after the last token of each row, float32."""
         if "logits_to_keep" in self._accepted:
             arguments["logits_to_keep"] = 1
-        logits: torch.Tensor = self._model(past_key_values=cache, use_cache=True, **arguments).logits
+        ours = isinstance(cache, PagedCache) and self._configs
+        with paged(self._configs, cache) if ours else contextlib.nullcontext():  # type: ignore[arg-type]
+            logits: Tensor = self._model(past_key_values=cache, use_cache=True, **arguments).logits
         return logits[:, -1].float()
 
 
-def _live_audio(model: Any, prompt: Prompt, start: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Features of the sounds from ``start`` on, in order, where some were encoded while they came in."""
-    runs = prompt.runs_from(start, "audio")
-    if not any(run.digest in prompt.live for run in runs):
+def _fitting(chunk: int, state: KvState) -> int:
+    """At most ``chunk`` tokens, and few enough that a window has room for them beside the first tokens."""
+    if state.window is None or state.paged is None:
+        return chunk
+    most, sinks = state.window
+    return max(1, min(chunk, (most - sinks) // 2))
+
+
+def _together(states: Sequence[KvState]) -> list[PagedSequence] | None:
+    """The pages of all, where every one is in pages of the same pool."""
+    sequences = [state.paged for state in states if state.paged is not None]
+    same = len(sequences) == len(states) and len({id(sequence.pool) for sequence in sequences}) == 1
+    return sequences if same else None
+
+
+def _media_of(prompt: Prompt, start: int, end: int, device: torch.device) -> dict[str, Tensor]:
+    """The media tensors of the tokens ``[start, end)``; of all from ``start`` on where they cannot be told apart."""
+    runs = [run for run in prompt.runs if start <= run.start < end]
+    if not runs:
         return {}
-    features = arguments.pop("input_features")
-    mask = arguments.pop("input_features_mask", None)
-    parts = []
-    for row, run in enumerate(runs):
-        if run.digest in prompt.live:
-            parts.append(prompt.live[run.digest])
-        else:
-            one = model.get_audio_features(features[row : row + 1], None if mask is None else mask[row : row + 1])
-            parts.append(one.pooler_output)
-    return {"mm_encoder_outputs": {"audio": BaseModelOutputWithPooling(pooler_output=torch.cat(parts))}}
+    if not prompt.sliceable():
+        return {name: value.to(device) for name, value in prompt.inputs_from(start).items()}
+    given: dict[str, list[Tensor]] = {}
+    for run in runs:
+        for name, value in prompt.inputs_of(run).items():
+            given.setdefault(name, []).append(value)
+    return {name: torch.cat(values).to(device) for name, values in given.items()}

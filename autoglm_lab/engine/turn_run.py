@@ -32,6 +32,7 @@ class TurnRun:
     Args:
         messages: what is new in this turn.
         settings: how the answer is sampled.
+        replace: the messages are the whole dialogue, in place of what the conversation has.
     """
 
     def __init__(
@@ -41,8 +42,14 @@ class TurnRun:
         conversation: Conversation,
         messages: tuple[Message, ...],
         settings: GenerationPolicy,
+        *,
+        replace: bool = False,
     ) -> None:
         self.turn, self.conversation, self.messages, self.settings = turn, conversation, messages, settings
+        self._history: tuple[Message, ...] | None = None
+        if replace:
+            asked = _last_question(messages)
+            self._history, self.messages = messages[:asked], messages[asked:]
         self.cancelled = False
         self.sound: LiveSound | None = None
         self.live: dict[str, Any] = {}
@@ -84,10 +91,11 @@ class TurnRun:
         start = recovering(state, "prefill", conversation, lambda: conversation.kv.begin(prompt, share=reuse))
         self._wake(prompt, start)
         state.enter("prefill", self.peaks)
-        logits = recovering(
-            state, "prefill", conversation, lambda: state.stepper.prefill(conversation.kv, prompt, start)
-        )
+        read = recovering(state, "prefill", conversation, lambda: self._prefill(prompt, start))
         conversation.reused_share = start / len(prompt.ids)
+        if read is None:
+            return self._finished("", "", "cancelled", prompt, start, 0)
+        logits = read
         eos = _eos(state) if self.settings.eos else ()
         chooser = Chooser(self.settings, prompt.ids, eos, state.model.device)
         reader = AnswerReader(state.tokenizer, prompt.ids)
@@ -117,6 +125,16 @@ class TurnRun:
         state.enter("idle")
         return self._finished(reader.text, reader.reasoning, reason, prompt, start, count)
 
+    def _prefill(self, prompt: Prompt, start: int) -> torch.Tensor | None:
+        """Read the prompt in chunks; commands are served between them. None: cancelled meanwhile."""
+        state = self._state
+
+        def between() -> bool:
+            state.meanwhile()
+            return not self.cancelled
+
+        return state.stepper.prefill(self.conversation.kv, prompt, start, chunk=state.policy.kv.chunk, between=between)
+
     def _fit(self) -> tuple[tuple[Message, ...], Prompt, int]:
         """The history that fits, the prompt, and how many tokens the answer may have.
 
@@ -124,7 +142,7 @@ class TurnRun:
             ContextLimitError: it does not fit, and the policy does not allow to drop turns or there is none left.
         """
         state, kv = self._state, self._state.policy.kv
-        history, dropped = self.conversation.messages, 0
+        history, dropped = self.conversation.messages if self._history is None else self._history, 0
         while True:
             prompt = render(
                 state.model,
@@ -133,11 +151,14 @@ class TurnRun:
                 thinking=self.settings.thinking,
                 live=self.live,
             )
-            limit = min(kv.max_tokens or _NO_LIMIT, state.context_tokens or _NO_LIMIT)
+            allowed = state.kv_limit()
+            slides = kv.overflow == "window" and allowed is not None and self.conversation.kv.paged is not None
+            self.conversation.kv.window = (allowed, kv.sinks) if slides and allowed is not None else None
+            limit = min((None if slides else allowed) or _NO_LIMIT, state.context_tokens or _NO_LIMIT)
             wanted = self.settings.max_new_tokens
             room = limit - len(prompt.ids)
             enough = wanted if kv.overflow == "refuse" else min(wanted, limit // 4)
-            if room >= enough or (kv.overflow == "stop" and room > 0):
+            if room >= enough or (kv.overflow in ("stop", "window") and room > 0):
                 break
             shorter = _without_oldest_turn(history) if kv.overflow == "drop-oldest-turns" else None
             if shorter is None:
@@ -201,6 +222,11 @@ def _without_frames(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
+def _last_question(messages: tuple[Message, ...]) -> int:
+    """Where the last turn of a whole dialogue begins."""
+    return max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
+
+
 def _without_oldest_turn(history: tuple[Message, ...]) -> tuple[Message, ...] | None:
     """``history`` less its first user message and what answers it; the system prompt stays. None: nothing to drop."""
     users = [index for index, message in enumerate(history) if message.role == "user"]
@@ -211,13 +237,19 @@ def _without_oldest_turn(history: tuple[Message, ...]) -> tuple[Message, ...] | 
 
 
 def _too_long(prompt: int, wanted: int, limit: int, kv: KvPolicy) -> str:
-    source = "kv.max_tokens" if kv.max_tokens == limit else "the model's context"
+    source = "the model's context"
+    if kv.max_tokens == limit:
+        source = "kv.max_tokens"
+    elif kv.max_bytes is not None and limit < (kv.max_tokens or _NO_LIMIT):
+        source = "kv.max_bytes"
     advice = {
         "stop": "start a new conversation, shorten the prompt, or set kv.overflow to 'drop-oldest-turns'",
         "refuse": "lower generation.max_new_tokens, or set kv.overflow to 'stop' or 'drop-oldest-turns'",
+        "window": "start a new conversation or shorten the prompt: positions go no further",
         "drop-oldest-turns": "there is no older turn left to drop: shorten the prompt",
     }[kv.overflow]
     raised = f" or raise kv.max_tokens above {prompt + wanted}" if source == "kv.max_tokens" else ""
+    raised = " or raise kv.max_bytes" if source == "kv.max_bytes" else raised
     return (
         f"the prompt has {prompt:,} tokens and the answer may have {wanted:,}, but {source} allows {limit:,} together: "
         f"{advice}{raised}"

@@ -1,8 +1,7 @@
 """Keys and values in pages: one pool for a model, so that conversations of any length decode together without padding.
 
-A page holds `PAGE_TOKENS` tokens of every layer. A conversation owns pages, in order; its keys and values are gathered
-from them for attention. A turn's tokens are committed only when its step has ended, so a step that fails half-way
-through the layers leaves nothing behind.
+A page holds `PAGE_TOKENS` tokens of every layer. A conversation owns pages, in order. A turn's tokens are committed
+only when its step has ended, so a step that fails half-way through the layers leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -10,82 +9,60 @@ from __future__ import annotations
 import heapq
 import mmap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.ledger import Row
-from autoglm_lab.memory.page_region import CudaPageRegion, HostPageRegion, PageRegion
+from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat, PageStore
+from autoglm_lab.memory.page_region import CudaPageRegion, HostPageRegion, PageRegion, PinnedPageRegion
 from autoglm_lab.memory.prefix_index import PrefixIndex
-
-PAGE_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class PageShape:
-    """What a page holds: keys and values ``[layers, 2, PAGE_TOKENS, kv_heads, head_dim]``."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.layers * 2 * PAGE_TOKENS * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> PageShape | None:
-        """The pages of a model; None where a layer keeps anything else than every token's keys and values."""
-        text = config.get_text_config()
-        heads = getattr(text, "num_attention_heads", None)
-        own = DynamicCache(config=config)
-        growing = all(type(layer) is DynamicLayer for layer in own.layers)
-        # Latent attention (DeepSeek's) keeps keys and values of different widths.
-        if not growing or heads is None or hasattr(text, "kv_lora_rank"):
-            return None
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
-            return None
-        return cls(text.num_hidden_layers, kv_heads, head_dim, dtype)
 
 
 class KvPool:
-    """The pages of one model on one device. Only the engine's thread takes and returns them."""
+    """The pages of one model on one device. Only the engine's thread takes and returns them.
 
-    def __init__(self, shape: PageShape, accelerator: Accelerator) -> None:
-        self.shape, self._accelerator = shape, accelerator
+    Args:
+        form: what a page holds.
+        place: ``host`` puts the pages of a GPU's model into pinned host memory, which the GPU reads from there; on a
+            CPU machine the device is the host.
+
+    Attributes:
+        store: the pages as tensors.
+    """
+
+    def __init__(self, form: PageFormat, accelerator: Accelerator, place: Literal["device", "host"] = "device") -> None:
+        self.form, self._accelerator = form, accelerator
         self._device = accelerator.device
+        self.place: Literal["device", "host"] = place if accelerator.kind == "cuda" else "device"
         # Rows of the GPU's memory are read 512 bytes at a time; the kernel gives the host's back in pages of its own.
         grain = 512 if accelerator.kind == "cuda" else mmap.PAGESIZE
-        self._stride = -(-shape.nbytes // grain) * grain
-        pages = max(1, accelerator.total // self._stride)
-        self._region: PageRegion
-        if accelerator.kind == "cuda":
-            self._region = CudaPageRegion(pages * self._stride, accelerator.device)
-        else:
-            self._region = HostPageRegion(pages * self._stride, chunk=self._stride)
-            pages = self._region.bytes.numel() // self._stride
+        self._stride = -(-form.nbytes // grain) * grain
+        region, pages = self._reserve()
+        self._region: PageRegion = region
         self._free: list[int] = []
         self._fresh, self._pages = 0, pages
         self._users: dict[int, int] = {}
         self._holders: dict[int, int] = {}
         self.prefixes = PrefixIndex()
         self._closed = False
-        values = self._region.bytes[: pages * self._stride].view(shape.dtype)
-        per_token = shape.kv_heads * shape.head_dim
-        per_layer = PAGE_TOKENS * per_token
-        self._store = values.as_strided(
-            (pages, shape.layers, 2, PAGE_TOKENS, shape.kv_heads, shape.head_dim),
-            (self._stride // shape.dtype.itemsize, 2 * per_layer, per_layer, per_token, shape.head_dim, 1),
-        )
+        self.store = PageStore(form, region.bytes[: pages * self._stride], self._stride)
+
+    def _reserve(self) -> tuple[PageRegion, int]:
+        """Addresses for as many pages as could ever be there, and their number."""
+        if self._accelerator.kind == "cpu":
+            pages = max(1, self._accelerator.total // self._stride)
+            region = HostPageRegion(pages * self._stride, chunk=self._stride)
+            return region, region.bytes.numel() // self._stride
+        if self.place == "host":
+            pages = max(1, psutil.virtual_memory().total // self._stride)
+            return PinnedPageRegion(pages * self._stride, self._device), pages
+        pages = max(1, self._accelerator.total // self._stride)
+        return CudaPageRegion(pages * self._stride, self._device), pages
 
     @property
     def page_bytes(self) -> int:
@@ -108,7 +85,7 @@ class KvPool:
             OutOfMemoryError: the device or the budget has no room; nothing was taken.
         """
         wanted = count * self._stride
-        had = self._accelerator.headroom() + max(0, self.backed - self.used_pages * self._stride)
+        had = self._room() + max(0, self.backed - self.used_pages * self._stride)
         if count and (wanted > had or count > self._pages - self.used_pages):
             raise OutOfMemoryError("KV cache", wanted, had)
         taken: list[int] = []
@@ -154,8 +131,12 @@ class KvPool:
     def copy(self, page: int) -> int:
         """A page of its own with the contents of ``page``. Raises `OutOfMemoryError`."""
         (own,) = self.take(1)
-        self._store[own].copy_(self._store[page])
+        self.raw(own).copy_(self.raw(page))
         return own
+
+    def raw(self, page: int) -> Tensor:
+        """A page's bytes, whatever its format: ``uint8 [bytes]``."""
+        return self.store.raw(page)
 
     def trim(self) -> int:
         """Give the memory of unused pages back to the system. Returns bytes."""
@@ -168,18 +149,14 @@ class KvPool:
         self._count(-len(idle))
         return len(idle) * self._region.chunk
 
-    def layer(self, index: int) -> Tensor:
-        """Keys and values of one layer: ``[pages, 2, PAGE_TOKENS, kv_heads, head_dim]``."""
-        return self._store[:, index]
-
     def holdings(self) -> Iterable[Row]:
         shared = sum(holders > 1 for holders in tuple(self._holders.values()))
         if shared:
             counts = f"{shared * PAGE_TOKENS:,} tokens that several conversations begin with, stored once"
-            yield Row("KV shared prefixes", "kv", "device", shared * self._stride, counts)
+            yield Row("KV shared prefixes", "kv", self.place, shared * self._stride, counts)
         idle = self.backed - self.used_pages * self._stride
         if idle > 0:
-            yield Row("KV pages, unused", "kv", "device", idle, "pages that no conversation holds, kept for the next")
+            yield Row("KV pages, unused", "kv", self.place, idle, "pages that no conversation holds, kept for the next")
 
     def close(self) -> None:
         """Give everything back; again is no harm. The pool cannot be used afterwards."""
@@ -188,7 +165,7 @@ class KvPool:
         self._closed = True
         self._count(-len(self._users))
         self._users.clear()
-        del self._store
+        del self.store
         self._region.close()
 
     def _back(self, page: int) -> None:
@@ -205,17 +182,27 @@ class KvPool:
         return range(start // self._region.chunk, -(-(start + self._stride) // self._region.chunk))
 
     def _count(self, chunks: int) -> None:
-        if chunks:
+        if chunks and self.place == "device":
             self._accelerator.hold(chunks * self._region.chunk)
+
+    def _room(self) -> int:
+        """Bytes that further pages may take."""
+        return self._accelerator.headroom() if self.place == "device" else psutil.virtual_memory().available
 
 
 class PagedSequence:
-    """The keys and values of one conversation: its pages, in order."""
+    """The keys and values of one conversation: its pages, in order.
+
+    Attributes:
+        tokens: how many it holds.
+        hole: tokens before those that `forget` has let go.
+    """
 
     def __init__(self, pool: KvPool) -> None:
         self.pool = pool
         self.pages: list[int] = []
         self.tokens = 0
+        self.hole = 0
 
     @property
     def nbytes(self) -> int:
@@ -250,89 +237,23 @@ class PagedSequence:
         self.pool.put(self.pages[kept:])
         self.pages, self.tokens = self.pages[:kept], tokens
 
+    def forget(self, tokens: int, sinks: int) -> bool:
+        """Let whole pages go that hold at least ``tokens``, the oldest after the first ``sinks`` tokens.
+
+        Returns:
+            False, and nothing is changed, where there are not so many.
+        """
+        first, count = -(-sinks // PAGE_TOKENS), -(-tokens // PAGE_TOKENS)
+        if (first + count) * PAGE_TOKENS > self.tokens:
+            return False
+        self.pool.put(self.pages[first : first + count])
+        del self.pages[first : first + count]
+        self.tokens -= count * PAGE_TOKENS
+        self.hole = first * PAGE_TOKENS
+        return True
+
     def adopt(self, pages: Sequence[int]) -> None:
         """Begin anew with full pages of other conversations, held by them too."""
         self.pool.share(pages)
         self.pool.put(self.pages)
         self.pages, self.tokens = list(pages), len(pages) * PAGE_TOKENS
-
-
-class PagedCache(Cache):
-    """The caches of one step's sequences, as a transformers model takes them: ``past_key_values`` of a batch.
-
-    Each row of the batch is a sequence; every row reads the same number of new tokens. Attention sees, for row b, its
-    tokens and then the new ones; shorter rows are padded at the end, which `mask` hides.
-    """
-
-    def __init__(self, sequences: Sequence[PagedSequence], new_tokens: int) -> None:
-        pool = sequences[0].pool
-        self.sequences, self.new_tokens = sequences, new_tokens
-        for sequence in sequences:
-            sequence.reserve(new_tokens)
-        device = pool.layer(0).device
-        self.before = [sequence.tokens for sequence in sequences]
-        self.longest = max(self.before) + new_tokens
-        width = -(-self.longest // PAGE_TOKENS)
-        table = [
-            [*sequence.pages[:width], *[sequence.pages[0]] * (width - len(sequence.pages))] for sequence in sequences
-        ]
-        self.table = torch.tensor(table, device=device)
-        places = torch.tensor(self.before, device=device)[:, None] + torch.arange(new_tokens, device=device)
-        self.positions = places
-        self.new_pages = self.table.gather(1, places // PAGE_TOKENS)
-        self.new_slots = places % PAGE_TOKENS
-        super().__init__(layers=[_PagedLayer(self, pool.layer(index)) for index in range(pool.shape.layers)])
-
-    def mask(self, dtype: torch.dtype, *, additive: bool) -> Tensor | None:
-        """What each row's single new token may see: ``[batch, 1, 1, longest]``; None where no row is padded."""
-        if len(set(self.before)) == 1:
-            return None
-        ends = torch.tensor(self.before, device=self.table.device)[:, None] + 1
-        seen = (torch.arange(self.longest, device=self.table.device)[None] < ends)[:, None, None]
-        if not additive:
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
-
-    def commit(self) -> None:
-        """The step has ended: its tokens count from now on."""
-        for sequence in self.sequences:
-            sequence.tokens += self.new_tokens
-
-    def roll_back(self) -> None:
-        """The step has failed: return the pages that it took."""
-        for sequence, tokens in zip(self.sequences, self.before, strict=True):
-            sequence.keep(tokens)
-
-
-class _PagedLayer(CacheLayerMixin):
-    """One layer of a `PagedCache`."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self, cache: PagedCache, store: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._cache, self._store = cache, store
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Pages are there from the start."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values ``[batch, kv_heads, new, head_dim]``; all of them, ``[…, longest, …]``."""
-        cache, store = self._cache, self._store
-        store[cache.new_pages, 0, cache.new_slots] = key_states.transpose(1, 2).to(store.dtype)
-        store[cache.new_pages, 1, cache.new_slots] = value_states.transpose(1, 2).to(store.dtype)
-        # [batch, pages, 2, PAGE_TOKENS, kv_heads, head_dim] -> twice [batch, kv_heads, longest, head_dim]
-        gathered = store[cache.table]
-        keys, values = (gathered[:, :, part].flatten(1, 2)[:, : cache.longest].transpose(1, 2) for part in (0, 1))
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return max(self._cache.before) + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return max(self._cache.before)
-
-    def get_max_length(self) -> int:
-        return -1

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from autoglm_lab.memory.cuda_driver import DriverMemory, Export
 
+_FOR_KERNELS = 1 | 2  # cudaHostRegisterPortable | cudaHostRegisterMapped
+
 
 class PageRegion(Protocol):
     """A range of addresses in chunks that are backed and given back one by one.
@@ -64,6 +66,39 @@ class HostPageRegion:
 
     def close(self) -> None:
         self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class PinnedPageRegion:
+    """The host's, pinned, as a tensor of the GPU: kernels read and write it over the bus."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.chunk = 32 << 20
+        chunks = max(1, -(-nbytes // self.chunk))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._map = mmap.mmap(-1, chunks * self.chunk, flags=flags)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self._backed: set[int] = set()
+        self.back(0)  # torch asks the driver about the first address
+        self.bytes = torch.as_tensor(Export(self._address, chunks * self.chunk), device=device)
+
+    def back(self, index: int) -> None:
+        if index in self._backed:
+            return
+        code = int(torch.cuda.cudart().cudaHostRegister(self._address + index * self.chunk, self.chunk, _FOR_KERNELS))
+        if code:
+            raise MemoryError(f"the host's memory cannot be pinned (cudaHostRegister answered {code})")
+        self._backed.add(index)
+
+    def give_back(self, index: int) -> None:
+        if index in self._backed:
+            self._backed.discard(index)
+            torch.cuda.cudart().cudaHostUnregister(self._address + index * self.chunk)
+            self._map.madvise(mmap.MADV_DONTNEED, index * self.chunk, self.chunk)
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        for index in tuple(self._backed):
+            self.give_back(index)
 
 
 class CudaPageRegion:

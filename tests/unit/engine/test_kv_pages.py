@@ -15,7 +15,8 @@ from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.kv_pool import PAGE_TOKENS, KvPool, PageShape
+from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.prefix_index import page_keys
 
 SIZES: dict[str, Any] = {
@@ -40,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def pool_for(model: Any) -> KvPool:
-    shape = PageShape.of(model.config, model.dtype)
+    shape = PageFormat.of(model.config, model.dtype)
     assert shape is not None
     return KvPool(shape, open_accelerator("cpu"))
 
@@ -189,12 +190,12 @@ def test_pages_with_another_picture_are_not_shared() -> None:
 
 
 def test_memory_of_a_forgotten_conversation_goes_back_to_the_system() -> None:
-    shape = PageShape(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32)
+    shape = PageFormat(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32)
     pool = KvPool(shape, open_accelerator("cpu"))
     state = KvState(pool)
     state.paged.reserve(8192)
     for layer in range(shape.layers):
-        pool.layer(layer)[state.paged.pages] = 1.0
+        pool.store.codes[state.paged.pages, layer] = 1.0
     process = psutil.Process()
 
     def anonymous() -> int:
@@ -210,7 +211,7 @@ def test_memory_of_a_forgotten_conversation_goes_back_to_the_system() -> None:
 
 def test_a_pool_over_the_budget_says_so_and_takes_nothing() -> None:
     accelerator = open_accelerator("cpu")
-    pool = KvPool(PageShape(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32), accelerator)
+    pool = KvPool(PageFormat(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32), accelerator)
     accelerator.set_budget(accelerator.reading().process)
     with pytest.raises(lab.OutOfMemoryError, match=r"out of memory in KV cache: needed 64\.0 MiB"):
         KvState(pool).paged.reserve(2048)
@@ -220,7 +221,7 @@ def test_a_pool_over_the_budget_says_so_and_takes_nothing() -> None:
 def test_sliding_layers_keep_transformers_own_cache() -> None:
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
-    assert PageShape.of(model.config, model.dtype) is None
+    assert PageFormat.of(model.config, model.dtype) is None
     stepper, states = Stepper(model), [KvState(None), KvState(None)]
     for state, question in zip(states, prompts([5, 20]), strict=True):
         stepper.prefill(state, question, 0)
