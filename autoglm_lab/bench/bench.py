@@ -50,6 +50,7 @@ class Bench:
         self._say = say or _to_stderr
         self._started = time.monotonic()
         self._workbench: Workbench | None = None
+        self._exact: Workbench | None = None
 
     @property
     def cuda(self) -> bool:
@@ -63,6 +64,22 @@ class Bench:
             self.say(f"loading {name}")
             self._workbench = load(name, weights=None if self.small else "dummy", device=str(self.device))
         return self._workbench
+
+    @property
+    def exact(self) -> Workbench:
+        """The embedded model in float32, where equal means equal token for token; the same on a CPU as `workbench`."""
+        if self.small and self.workbench.model.dtype == torch.float32:
+            return self.workbench
+        if self._exact is None:
+            self._exact = load("autoglm-tiny", dtype="float32", device=str(self.device))
+        return self._exact
+
+    def timed(self, run: Callable[[], object]) -> float:
+        """Seconds until ``run`` and what it gave the device are done."""
+        start = time.perf_counter()
+        run()
+        self.synchronize()
+        return time.perf_counter() - start
 
     def say(self, text: str) -> None:
         """Tell what is under way."""
@@ -82,6 +99,9 @@ class Bench:
             for module in wb.modules:
                 wb.modules[module].wake()
             wb.reclaim()
+        if self._exact is not None:
+            self._exact.close()
+            self._exact = None
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -110,10 +130,11 @@ class Bench:
         return machine
 
     def close(self) -> None:
-        """Free the model."""
-        if self._workbench is not None:
-            self._workbench.close()
-            self._workbench = None
+        """Free the models."""
+        for workbench in (self._workbench, self._exact):
+            if workbench is not None:
+                workbench.close()
+        self._workbench = self._exact = None
 
     def __enter__(self) -> Self:
         return self

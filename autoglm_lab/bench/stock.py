@@ -1,0 +1,101 @@
+"""The peer that every bench has: the same weights in plain transformers, with nothing of ours around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from autoglm_lab.engine.messages import read_messages
+from autoglm_lab.models.skeleton import skeleton
+from autoglm_lab.workbench import Workbench
+
+
+class Stock:
+    """A second model on the weights of a workbench: its own modules, cache and attention, no second copy of weights.
+
+    Every module of the workbench has to be on the device, and to stay there.
+
+    Args:
+        attention: transformers' implementation, ``sdpa`` or ``eager``.
+    """
+
+    def __init__(self, workbench: Workbench, attention: str = "sdpa") -> None:
+        ours: Any = workbench.model
+        self.processor, self.device = workbench.processor, ours.device
+        self.model: Any = skeleton(ours.config, ours.dtype)
+        self.model.load_state_dict(ours.state_dict(), assign=True)
+        self.model.to(self.device)
+        self.model.generation_config = ours.generation_config
+        self.model.set_attn_implementation(attention)
+
+    def batch(self, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A dialogue as the model takes it, on the device."""
+        rendered = self.processor.apply_chat_template(
+            [message.for_processor() for message in read_messages(messages)],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+        moved = {name: value.to(self.device) for name, value in rendered.items()}
+        pixels = moved.get("pixel_values")
+        return moved if pixels is None else {**moved, "pixel_values": pixels.to(self.model.dtype)}
+
+    @torch.no_grad()
+    def read(self, batch: dict[str, Tensor], cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+        """Logits ``[vocab]`` after the last token, and the cache."""
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        logits = self.model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[0, -1].float(), cache
+
+    @torch.no_grad()
+    def follow(self, ids: Sequence[int], cache: DynamicCache) -> Tensor:
+        """Logits ``[vocab]`` after ``ids``, read behind what the cache holds."""
+        mask = torch.ones((1, cache.get_seq_length() + len(ids)), dtype=torch.long, device=self.device)
+        given = torch.tensor([list(ids)], device=self.device)
+        logits: Tensor = self.model(
+            input_ids=given, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
+        return logits[0, -1].float()
+
+    def first_token(self, messages: Sequence[dict[str, Any]]) -> tuple[float, int | None]:
+        """Seconds from the dialogue to its first token, and the bytes that torch's allocator took for it at most."""
+        self.settle()
+        before = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        start = time.perf_counter()
+        logits, cache = self.read(self.batch(messages))
+        int(logits.argmax())
+        seconds = time.perf_counter() - start
+        del cache
+        if self.device.type != "cuda":
+            return seconds, None
+        return seconds, torch.cuda.max_memory_reserved(self.device) - before
+
+    def generate(self, batch: dict[str, Tensor], count: int) -> Tensor:
+        """``count`` greedy tokens ``[batch, count]``."""
+        ids: Tensor = self.model.generate(**batch, do_sample=False, min_new_tokens=count, max_new_tokens=count)
+        return ids[:, batch["input_ids"].shape[1] :]
+
+    def settle(self) -> None:
+        """Wait for the device, and count the allocator's peak from here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def decode_rate(self, batch: dict[str, Tensor], count: int) -> float:
+        """Tokens a second of ``generate`` over all rows, the prompt's own time taken off."""
+        seconds = []
+        for tokens in (1, count):
+            start = time.perf_counter()
+            self.generate(batch, tokens)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        rows = int(batch["input_ids"].shape[0])
+        return rows * (count - 1) / (seconds[1] - seconds[0])
