@@ -33,15 +33,16 @@ def prefill_seconds(workbench: Workbench, tokens: int, rate: float) -> float:
     config: Any = workbench.model.config.get_text_config()
     width = config.num_attention_heads * (getattr(config, "head_dim", None) or _head_dim(config))
     attention = 2.0 * tokens * tokens * width * config.num_hidden_layers
-    return (2.0 * _layer_weights(workbench)[0] * tokens + attention) / rate
+    operations = 2.0 * _layer_weights(workbench)[0] * tokens + float(attention)
+    return operations / rate
 
 
-def decode_rate(workbench: Workbench, kv_bytes: int, batch: int, rate: float) -> float:
-    """The most tokens a second of ``batch`` conversations at ``rate`` bytes a second: each step reads the layers and the
-    head once, and the keys and values of each conversation.
+def decode_rate(workbench: Workbench, kv_bytes: float, batch: int, rate: float) -> float:
+    """The most tokens a second of ``batch`` conversations at ``rate`` bytes a second: each step reads the layers and
+    the head once, and the keys and values of each conversation.
     """
     head: Any = workbench.model.get_output_embeddings()
-    nbytes = _layer_weights(workbench)[1] + head.weight.nbytes + batch * kv_bytes
+    nbytes = _layer_weights(workbench)[1] + int(head.weight.nbytes) + batch * kv_bytes
     return batch * rate / nbytes
 
 

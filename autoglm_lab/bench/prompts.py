@@ -10,30 +10,7 @@ from PIL import Image, ImageDraw
 from autoglm_lab.engine.messages import read_messages
 from autoglm_lab.workbench import Workbench
 
-_WORDS = [
-    "open",
-    "the",
-    "clock",
-    "and",
-    "tell",
-    "me",
-    "what",
-    "it",
-    "says",
-    "then",
-    "scroll",
-    "down",
-    "tap",
-    "on",
-    "the",
-    "red",
-    "circle",
-    "back",
-    "home",
-    "call",
-    "send",
-    "photo",
-]
+_WORDS = ("open", "the", "clock", "and", "tell", "me", "what", "it", "says", "then", "scroll", "down", "tap", "back")
 
 
 def text_of(workbench: Workbench, tokens: int, seed: int) -> str:

@@ -77,9 +77,10 @@ class Stock:
             return seconds, None
         return seconds, torch.cuda.max_memory_reserved(self.device) - before
 
-    def generate(self, batch: dict[str, Tensor], count: int) -> Tensor:
-        """``count`` greedy tokens ``[batch, count]``."""
-        ids: Tensor = self.model.generate(**batch, do_sample=False, min_new_tokens=count, max_new_tokens=count)
+    def generate(self, batch: dict[str, Tensor], count: int, least: int | None = None) -> Tensor:
+        """Greedy tokens ``[batch, count]``; less than ``count`` only where ``least`` is given and all rows ended."""
+        least = count if least is None else least
+        ids: Tensor = self.model.generate(**batch, do_sample=False, min_new_tokens=least, max_new_tokens=count)
         return ids[:, batch["input_ids"].shape[1] :]
 
     def settle(self) -> None:
@@ -90,6 +91,7 @@ class Stock:
 
     def decode_rate(self, batch: dict[str, Tensor], count: int) -> float:
         """Tokens a second of ``generate`` over all rows, the prompt's own time taken off."""
+        self.generate(batch, 2)
         seconds = []
         for tokens in (1, count):
             start = time.perf_counter()

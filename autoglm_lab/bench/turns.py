@@ -1,4 +1,4 @@
-"""A new turn on a long conversation that is kept, beside the bare forward of its new tokens, and beside reading anew."""
+"""A new turn on a long conversation that is kept, beside the bare forward of its tokens and a reading anew."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _ask(wb: Workbench, conversation: str, text: str) -> Answer:
 
 
 def _said(wb: Workbench) -> int:
-    """How many tokens to say so that a turn, its markers and the last answer's token included, reads `_NEW` new ones."""
+    """Tokens to say so that a turn, its markers and the last answer's token included, reads `_NEW` new ones."""
     _ask(wb, "probe", text_of(wb, _NEW, seed=0))
     text = text_of(wb, _NEW // 2, seed=1)
     usage = _ask(wb, "probe", text).usage
