@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
+from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.recovery import recovering
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.turn_run import Steps, TurnRun
@@ -82,7 +85,7 @@ class TurnQueue:
         kvs, tokens = [one.run.conversation.kv for one in active], [one.token for one in active]
         failure: Exception | None = None
         try:
-            logits = recovering(state, "decode", own, lambda: state.stepper.decode(kvs, tokens))
+            logits = recovering(state, "decode", own, lambda: self._step(kvs, tokens))
         except Exception as error:  # noqa: BLE001 - it belongs to the turns
             failure = error.with_traceback(None)
         if failure is None:
@@ -93,3 +96,8 @@ class TurnQueue:
                 self._decode([one])
         else:
             self._advance(active[0].run, active[0].steps, partial(active[0].steps.throw, failure))
+
+    def _step(self, kvs: Sequence[KvState], tokens: Sequence[int]) -> list[Tensor]:
+        # What was parked between two steps is woken here: a replayed graph calls no module that could ask for it.
+        self._state.residency.ensure(self._state.in_use, "an answer under way")
+        return self._state.stepper.decode(kvs, tokens)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from autoglm_lab.errors import ModuleError
 from autoglm_lab.memory.slab import lay_out, views_of
+from autoglm_lab.memory.streams import Streams
 from autoglm_lab.models.anatomy import ModuleSpec
 
 
@@ -39,22 +40,39 @@ class Binding:
         self._name, self._device, self._on_use = spec.name, device, on_use
         self._tensors = {name: _tensor_at(model, name) for name in spec.tensors}
         self.views, self.nbytes = lay_out(self._tensors)
+        # Made once, so that detaching hundreds of tensors takes far less than a millisecond.
+        self._absent = [
+            (tensor, placeholder(view.dtype, device).expand(view.shape))
+            for tensor, view in zip(self._tensors.values(), self.views.values(), strict=True)
+        ]
         self.last_used = 0.0
-        self._versions: dict[str, int] = {}
+        self._attached: list[tuple[str, Tensor, int, int]] = []
+        self._streams = Streams(device)
         self._running: set[int] = set()
+        self._detached = False
         self._guarded = _guarded_submodules(model, {id(tensor) for tensor in self._tensors.values()})
         self._guards: list[Any] = []
+        for submodule in self._guarded:
+            submodule.register_state_dict_pre_hook(self._guard_state_dict)
         for root in spec.roots:
             submodule = model.get_submodule(root)
             submodule.register_forward_pre_hook(self._enter, prepend=True)
             submodule.register_forward_hook(self._leave, always_call=True)
 
-    def attach(self, region: Tensor) -> None:
-        """Point the tensors into ``region`` (``uint8``, ``[nbytes or more]``)."""
+    def attach(self, region: Tensor, arriving: torch.cuda.Event | None = None) -> None:
+        """Point the tensors into ``region`` (``uint8``, ``[nbytes or more]``).
+
+        Args:
+            arriving: when the bytes will be there; None: they are, or what was said before holds.
+        """
+        self._attached = []
         for name, view in views_of(region, self.views).items():
             tensor = self._tensors[name]
             tensor.data = view
-            self._versions[name] = _version(tensor)
+            self._attached.append((name, tensor, tensor.data_ptr(), _version(tensor)))
+        if arriving is not None:
+            self._streams.arriving = arriving
+        self._detached = False
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
@@ -62,19 +80,19 @@ class Binding:
     def detach(self) -> None:
         """Point the tensors at nothing, and watch for uses."""
         with torch.inference_mode(mode=False), torch.no_grad():
-            for name, tensor in self._tensors.items():
-                view = self.views[name]
-                tensor.data = placeholder(view.dtype, self._device).expand(view.shape)
+            for tensor, absent in self._absent:
+                tensor.data = absent
+        self._attached = []
+        self._detached = True
         if not self._guards:
             for submodule in self._guarded:
                 self._guards.append(submodule.register_forward_pre_hook(self._guard, prepend=True))
-                self._guards.append(submodule.register_state_dict_pre_hook(self._guard_state_dict))
 
-    def current(self) -> dict[str, Tensor]:
-        """What the tensors point at now."""
-        return {name: tensor.data for name, tensor in self._tensors.items()}
+    def join(self) -> None:
+        """Let the current stream wait for weights that are on their way."""
+        self._streams.enter()
 
-    def changed(self, region: Tensor) -> bool:
+    def changed(self) -> bool:
         """Whether anyone wrote to the weights since they came, by the tensors' version counters and addresses.
 
         A write through ``.data`` leaves no trace.
@@ -82,18 +100,26 @@ class Binding:
         Raises:
             ModuleError: a tensor was replaced by one of another dtype, shape or device.
         """
-        start = region.data_ptr()
         changed = False
-        for name, tensor in self._tensors.items():
+        for name, tensor, address, version in self._attached:
             view = self.views[name]
-            if tensor.dtype != view.dtype or tuple(tensor.shape) != view.shape or tensor.device != region.device:
+            if tensor.dtype != view.dtype or tensor.shape != view.shape or tensor.device != self._device:
                 raise ModuleError(
                     f"'{self._name}' cannot be parked: {name} was replaced ({tensor.dtype} {list(tensor.shape)} on "
                     f"{tensor.device}; it was {view.dtype} {list(view.shape)}). Load the model with the dtype you want"
                 )
-            moved = tensor.numel() > 0 and tensor.data_ptr() != start + view.offset
-            changed |= moved or _version(tensor) != self._versions[name]
+            changed |= tensor.data_ptr() != address or _version(tensor) != version
         return changed
+
+    def gather(self, region: Tensor) -> None:
+        """Copy tensors that were pointed elsewhere to their places in ``region``."""
+        for name, tensor, address, _ in self._attached:
+            if tensor.data_ptr() != address:
+                self.views[name].of(region).copy_(tensor.data)
+
+    def uses(self, after: torch.cuda.Event | None = None) -> tuple[torch.cuda.Event, ...]:
+        """What the device has to pass before the weights may go. See `Streams.uses`."""
+        return self._streams.uses(after)
 
     def refuse_while_running(self) -> None:
         """Raise `ModuleError` while another thread is inside a forward pass of this module."""
@@ -110,10 +136,12 @@ class Binding:
         del module, arguments
         self._running.add(threading.get_ident())
         self.last_used = time.time()
+        self._streams.enter()
 
     def _leave(self, module: nn.Module, arguments: Any, output: Any) -> None:
         del module, arguments, output
         self._running.discard(threading.get_ident())
+        self._streams.leave()
 
     def _guard(self, module: nn.Module, arguments: Any) -> None:
         del arguments
@@ -121,7 +149,8 @@ class Binding:
 
     def _guard_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         del module, prefix, keep_vars
-        self._on_use("its values are read by state_dict()")
+        if self._detached:
+            self._on_use("its values are read by state_dict()")
 
 
 def _version(tensor: Tensor) -> int:

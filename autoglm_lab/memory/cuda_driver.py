@@ -6,6 +6,7 @@ The calls and structures are those of CUDA's driver API, section "Virtual Memory
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
 }
 _driver_library: ctypes.CDLL | None = None
+_ready_in_thread = threading.local()
 
 
 def _driver() -> ctypes.CDLL:
@@ -169,4 +171,6 @@ class DriverMemory:
 
     def _make_context_current(self) -> None:
         # A thread's first call of the runtime makes the device's context current in it, which the driver calls need.
-        torch.cuda.mem_get_info(self.device)
+        if self.device not in _ready_in_thread.__dict__.setdefault("devices", set()):
+            torch.cuda.mem_get_info(self.device)
+            _ready_in_thread.devices.add(self.device)

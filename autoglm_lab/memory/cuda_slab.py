@@ -38,38 +38,48 @@ class CudaSlab:
             self.address = self._memory.reserve(self.size)
         self._handle = self._memory.map(self.address, self.size)
         try:
-            self._keep = self._export()
+            return self.region()
         except BaseException:
-            self._unmap()
+            self.drop()
             raise
-        return self._keep
-
-    def _export(self) -> Tensor:
-        export = Export(self.address, self.size)
-        self._exported = weakref.ref(export)
-        return self._memory.tensor(export)
 
     def region(self) -> Tensor:
-        if self._keep is None:
+        if not self._handle:
             raise ModuleError("this memory was given back")
+        if self._keep is None:
+            export = Export(self.address, self.size)
+            self._exported = weakref.ref(export)
+            self._keep = self._memory.tensor(export)
         return self._keep
 
-    def release(self) -> None:
+    def alias(self) -> Tensor:
         if not self._handle:
+            raise ModuleError("this memory was given back")
+        return self._memory.tensor(Export(self.address, self.size))
+
+    def seal(self) -> None:
+        if self._keep is None:
             return
         self._keep = None
         if self._exported() is not None:
             gc.collect()  # a cycle may hold the last view
-        if self._exported() is not None:
-            self._keep = self._export()
+        export = self._exported()
+        if export is not None:
+            self._keep = self._memory.tensor(export)
             raise SlabInUseError("a tensor outside the model still views these weights")
+
+    def drop(self) -> None:
+        if self._handle:
+            handle, self._handle, self._keep = self._handle, 0, None
+            self._memory.unmap(self.address, self.size, handle)
+
+    def release(self) -> None:
+        if not self._handle:
+            return
+        self.seal()
         # Kernels of any stream may still read the region, and unmapping does not wait for them.
         torch.cuda.synchronize(self._device)
-        self._unmap()
-
-    def _unmap(self) -> None:
-        handle, self._handle, self._keep = self._handle, 0, None
-        self._memory.unmap(self.address, self.size, handle)
+        self.drop()
 
     def close(self) -> None:
         self.release()

@@ -1,52 +1,45 @@
-"""One module's weights: in its slab on the device, in a host copy, or on disk only."""
+"""One module's weights: on the device, or parked; and moving them."""
 
 from __future__ import annotations
 
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoglm_lab.errors import ModuleError, OutOfMemoryError
-from autoglm_lab.memory import weights
 from autoglm_lab.memory.accelerator import Accelerator
-from autoglm_lab.memory.binding import Binding
-from autoglm_lab.memory.cuda_slab import CudaSlab
+from autoglm_lab.memory.backing import Backing, Keeper
+from autoglm_lab.memory.device_copy import DeviceCopy
 from autoglm_lab.memory.events import Event, EventKind
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.module_info import ModuleInfo
-from autoglm_lab.memory.slab import HostSlab, Slab, SlabInUseError, views_of
+from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.mover import Arrival, Mover
+from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.models.anatomy import ModuleSpec
-from autoglm_lab.models.checkpoint import FileTensor
-from autoglm_lab.models.loading import DummyTensor, HeldTensor, Source
+from autoglm_lab.models.loading import Source
 from autoglm_lab.units import format_bytes
 
 Place = Literal["device", "host", "disk", "moving"]
+Rest = Literal["device", "host", "disk"]
 ParkPlace = Literal["auto", "host", "disk"]
-
-
-class Keeper(Protocol):
-    """What a module asks of the `Residency` that it belongs to."""
-
-    def refuse_if_off(self, name: str, why: str) -> None: ...
-    def tell(self, event: Event) -> None: ...
-    def check_open(self) -> None: ...
-    def spill_path(self, name: str) -> Path: ...
 
 
 class ModuleResidency:
     """Where one module's weights are, and moving them.
 
-    Two moves at once are safe: the second waits for the first. `info` and `holdings` never wait.
+    A move that was begun ends on the mover's thread: whoever began it goes on. `info` and `holdings` never wait. Moves
+    of one module follow one another: a wake waits for a park under way, a park need not wait for a wake.
 
     Attributes:
         nbytes: bytes of the weights.
-        place: ``device``, ``host`` or ``disk``; ``moving`` while a move is under way.
+        at: ``device``, ``host`` or ``disk``: where they are, or are on their way to. They can be used while they are on
+            their way to the device: its work waits for them.
+        backing: the copies besides the device's.
     """
 
     def __init__(
@@ -56,74 +49,64 @@ class ModuleResidency:
         sources: Mapping[str, Source],
         accelerator: Accelerator,
         keeper: Keeper,
+        mover: Mover,
+        pinned: PinnedBudget,
     ) -> None:
         self.name, self.nbytes, self._note = spec.name, spec.nbytes, spec.note
-        self.place: Place = "disk"
-        self._accelerator, self._keeper = accelerator, keeper
-        self._sources = dict(sources)
-        self._binding = Binding(spec, model, accelerator.device, self._used_while_parked)
-        nbytes, device = self._binding.nbytes, accelerator.device
-        self._slab: Slab = CudaSlab(nbytes, device) if accelerator.kind == "cuda" else HostSlab(nbytes)
-        self._host: HostSlab | None = None
-        self._filled = 0
+        self.at: Rest = "disk"
+        self._accelerator, self._keeper, self._mover = accelerator, keeper, mover
+        self._device = DeviceCopy(spec, model, accelerator, mover, self._used_while_parked)
+        views, size = self._device.binding.views, self._device.slab.size
+        budget = pinned if accelerator.kind == "cuda" else None
+        self.backing = Backing(spec.name, views, size, sources, keeper, budget)
+        self._move: Move | None = None
         self._last_event: Event | None = None
         self._lock = threading.RLock()
-        self._binding.detach()
 
     # what people and the sampler read; no lock is held for it
 
     @property
+    def place(self) -> Place:
+        """Where the weights are; ``moving`` while a move is under way."""
+        move = self._move
+        return self.at if move is None or move.done else "moving"
+
+    @property
     def dtype(self) -> str:
         """The dtype of most of the module's bytes, as ``bfloat16``."""
-        by_dtype: dict[str, int] = {}
-        for view in self._binding.views.values():
-            spelled = str(view.dtype).removeprefix("torch.")
-            by_dtype[spelled] = by_dtype.get(spelled, 0) + view.nbytes
-        return max(by_dtype, key=lambda name: by_dtype[name], default="none")
+        return self._device.dtype
 
     @property
     def last_used(self) -> float:
         """Seconds since the epoch of the last forward pass or wake."""
-        return self._binding.last_used
+        return self._device.binding.last_used
 
     @last_used.setter
     def last_used(self, moment: float) -> None:
-        self._binding.last_used = moment
-
-    @property
-    def held(self) -> bool:
-        """Whether the weights still lie where someone else put them (an attached model)."""
-        sources = self._sources.values()
-        return bool(sources) and all(isinstance(source, HeldTensor) for source in sources)
+        self._device.binding.last_used = moment
 
     def info(self) -> ModuleInfo:
-        host = self._host
-        note = self._note or (host.note if host is not None else "")
+        note = self._note or self.backing.note
         return ModuleInfo(self.name, self.place, self.nbytes, self.dtype, self._last_event, note)
 
     def holdings(self) -> Iterator[Row]:
         """Rows of this module in every place where it holds bytes."""
-        moving = self.place == "moving"
-        on_device = min(self._filled, self._slab.committed) if moving else self._slab.committed
-        if on_device:
-            rounding = on_device - self.nbytes
-            counts = "weights on their way" if moving else f"weights in {self.dtype}"
-            if rounding > 0 and not moving:
-                counts += f", {format_bytes(rounding)} of it rounding to whole pages"
-            yield Row(self.name, "weights", "device", on_device, counts)
-        host = self._host
-        if host is not None and host.committed:
-            counts = "host copy, pinned" if host.pinned else "host copy, pageable"
-            yield Row(self.name, "weights", "host", host.committed, counts)
-        sources = self._sources
-        if self.place == "disk" and sources:
-            on_disk = sum(source.nbytes for source in sources.values() if isinstance(source, FileTensor))
-            yield Row(self.name, "weights", "disk", on_disk, "in safetensors, read when the module wakes")
+        yield from self._device.rows(moving=self.place == "moving")
+        yield from self.backing.rows("host")
+        if self.place == "disk":
+            yield from self.backing.rows("disk")
 
     # moving
 
-    def park(self, place: ParkPlace = "auto", why: str = "") -> Event:
-        """Take the weights off the device.
+    def park(
+        self,
+        place: ParkPlace = "auto",
+        why: str = "",
+        *,
+        kind: EventKind = "parked",
+        after: torch.cuda.Event | None = None,
+    ) -> Move:
+        """Take the weights off the device. Beside a GPU this returns while the device may still use them.
 
         Nothing is copied back unless the weights were changed, were made up, or exist nowhere else; the event says so.
 
@@ -131,37 +114,28 @@ class ModuleResidency:
             place: ``host`` (pinned; not on a CPU machine, where the device is the host), ``disk``, or ``auto``: host
                 beside a GPU, disk on a CPU machine.
             why: the cause, for the event.
+            kind: of the event.
+            after: see `Streams.uses`.
 
         Raises:
-            ModuleError: a forward pass of another thread runs, a variable still views the weights, or the disk is full.
-                The module stays where it was.
+            ModuleError: a forward pass of another thread runs, a variable still views the weights, or the disk is full
+                (beside a GPU the move says that, and an event). The module stays where it was.
         """
         with self._lock:
             self._keeper.check_open()
             target = self.target(place)
-            if self.place == target:
-                return Event(time.time(), "parked", self.name, 0, 0.0, f"was on {target} already")
-            self._binding.refuse_while_running()
-            start, before = time.perf_counter(), self.place
-            host_bytes = self._host.committed if self._host is not None else 0
-            freed = self._slab.committed or host_bytes
-            self._filled, self.place = self._slab.committed, "moving"
-            try:
-                with torch.inference_mode(mode=False), torch.no_grad():
-                    notes = self._secure(target, before)
-                    self._release_device()
-            except BaseException:
-                self.place = before
-                raise
-            if target == "disk" and self._host is not None:
-                self._host.close()
-                self._host = None
-            self.place = target
-            reasons = [why, f"to {target}", *notes]
-            return self._tell("parked", freed, start, "; ".join(reason for reason in reasons if reason))
+            if self.at != "device":
+                self._settle()
+            if self.at == target:
+                return Move.ended(Event(time.time(), kind, self.name, 0, 0.0, f"was on {target} already"))
+            start, before = time.perf_counter(), self.at
+            uses = self._device.leave(after) if before == "device" else ()
+            self.at, self._move = target, Move()
+            self._mover.run(self._move, lambda: self._end_park(target, before, uses, start, why, kind))
+            return self._move
 
-    def wake(self, why: str = "", *, kind: EventKind = "woke") -> Event:
-        """Bring the weights to the device.
+    def wake(self, why: str = "", *, kind: EventKind = "woke") -> Move:
+        """Bring the weights to the device. From a pinned host copy this returns while they come.
 
         Args:
             why: the cause, for the event.
@@ -173,22 +147,39 @@ class ModuleResidency:
         """
         with self._lock:
             self._keeper.check_open()
-            if self.place == "device":
-                return Event(time.time(), kind, self.name, 0, 0.0, "was on the device already")
-            start, before = time.perf_counter(), self.place
-            origin = self._origin(before)
-            self._filled, self.place = 0, "moving"
+            if self.at != "device":
+                self._settle()
+            if self.at == "device":
+                self._device.binding.join()
+                if self._move is not None and not self._move.done:
+                    return self._move
+                return Move.ended(Event(time.time(), kind, self.name, 0, 0.0, "was on the device already"))
+            start, reasons = time.perf_counter(), (why, self.backing.origin)
+            self._move = Move()
             try:
                 with torch.inference_mode(mode=False), torch.no_grad():
-                    self._take_device()
+                    arrival = self._take()
             except BaseException:
-                self.place = before
+                self._move = None
                 raise
-            if self.held:
-                self._sources = {}  # only the slab has them now; what held them before can go
-            self.place, self.last_used = "device", time.time()
-            reasons = (why, origin)
-            return self._tell(kind, self._slab.committed, start, "; ".join(reason for reason in reasons if reason))
+            if self.backing.held:
+                self.backing.sources = {}  # only the slab has them now; what held them before can go
+            self.at, self.last_used = "device", time.time()
+            self._mover.run(self._move, lambda: self._end_wake(arrival, start, "; ".join(filter(None, reasons)), kind))
+            return self._move
+
+    def join(self) -> None:
+        """Let the current stream wait for weights that are on their way."""
+        self._device.binding.join()
+
+    def stage(self) -> None:
+        """Make the host copy of weights on the device in the background, so that the first park copies nothing.
+
+        On a CPU machine there is nothing to do.
+        """
+        with self._lock:
+            if self._mover.background and self.at == "device" and self.backing.host is None:
+                self._mover.run(Move(), self._end_stage)
 
     def close(self) -> None:
         """Give every byte back, for good.
@@ -197,13 +188,13 @@ class ModuleResidency:
             ModuleError: as `park`; the module stays.
         """
         with self._lock:
-            self._binding.refuse_while_running()
-            self._release_device()
-            self._slab.close()
-            if self._host is not None:
-                self._host.close()
-                self._host = None
-            self._sources, self.place = {}, "disk"
+            self._mover.drain()
+            if self._device.slab.committed:
+                self._mover.wait(self._device.withdraw())
+                self._device.drop()
+            self._device.slab.close()
+            self.backing.drop_host()
+            self.backing.sources, self.at, self._move = {}, "disk", None
 
     def target(self, place: ParkPlace) -> Literal["host", "disk"]:
         """Where parking to ``place`` leads on this machine. Raises `ModuleError` where it cannot."""
@@ -217,41 +208,24 @@ class ModuleResidency:
             return "disk"
         return "host" if place == "auto" else place
 
-    def _origin(self, before: Place) -> str:
-        if before == "host":
-            return "from host"
-        kinds = {type(source) for source in self._sources.values()}
-        return "from disk" if FileTensor in kinds else "made up" if DummyTensor in kinds else "from this process"
+    def _settle(self) -> None:
+        """Wait for the move under way."""
+        if self._move is not None:
+            self._mover.await_end(self._move)
 
-    def _take_device(self) -> None:
-        needed, had = self._slab.size, self._accelerator.headroom()
+    # how a wake goes on, and ends
+
+    def _take(self) -> Arrival | None:
+        needed, had = self._device.slab.size, self._accelerator.headroom()
+        if had < needed:
+            self._keeper.settle()  # what is being parked makes room
+            had = self._accelerator.headroom()
         if had < needed:
             raise OutOfMemoryError("load", needed, max(0, had), self._remedies())
         try:
-            region = self._slab.commit()
-        except (MemoryError, OSError):
+            return self._device.take(self.backing)
+        except MemoryError:
             raise OutOfMemoryError("load", needed, had, self._remedies()) from None
-        self._accelerator.hold(self._slab.committed)
-        try:
-            if self._host is not None and self._host.committed:
-                _copy(self._host.region(), region)
-            else:
-                self._fill(region)
-        except BaseException as error:
-            held = self._slab.committed
-            del region
-            traceback.clear_frames(error.__traceback__)  # whose variables still view the slab
-            self._slab.release()
-            self._accelerator.hold(-held)
-            raise
-        self._binding.attach(region)
-
-    def _fill(self, region: Tensor) -> None:
-        for name, target in views_of(region, self._binding.views).items():
-            weights.fill(target, self._sources[name], self._count)
-
-    def _count(self, nbytes: int) -> None:
-        self._filled += nbytes
 
     def _remedies(self) -> list[str]:
         budget = self._accelerator.budget
@@ -261,90 +235,80 @@ class ModuleResidency:
         ]
         return [*remedies, "load with dtype='bfloat16'"] if self.dtype == "float32" else remedies
 
-    def _secure(self, target: Literal["host", "disk"], before: Place) -> list[str]:
-        """Make sure that the weights exist at ``target``, and say what had to be done for it."""
-        notes = []
-        changed = before == "device" and self._binding.changed(self._slab.region())
-        if changed:
-            notes.append("the weights were changed, so they were copied back")
-            self._sources = {}
-        if target == "host":
-            if self._host is None or changed:
-                self._copy_to_host(before)
-                notes += ["first host copy made"] * (before == "device" and not changed)
-            return notes
-        backed = all(isinstance(self._sources.get(name), FileTensor | HeldTensor) for name in self._binding.views)
-        if not backed:
-            self._spill(before)
-            notes.append("written to disk first")
-        return notes
+    def _end_wake(self, arrival: Arrival | None, start: float, why: str, kind: EventKind) -> Event:
+        end = time.perf_counter() if arrival is None else arrival.wait()
+        return self._tell(kind, self._device.slab.size, end - start, why)
 
-    def _copy_to_host(self, before: Place) -> None:
-        host = self._host or HostSlab(self._slab.size, pin=True)
-        fresh = not host.committed
-        region = host.commit() if fresh else host.region()
+    # how a park ends
+
+    def _end_park(
+        self,
+        target: Literal["host", "disk"],
+        before: Rest,
+        uses: tuple[torch.cuda.Event, ...],
+        start: float,
+        why: str,
+        kind: EventKind,
+    ) -> Event:
+        freed = self._device.slab.committed or self.backing.host_bytes
         try:
-            if before == "device":
-                current = self._binding.current()
-                for name, target in views_of(region, self._binding.views).items():
-                    target.copy_(current[name])
-            else:
-                self._fill(region)
+            self._mover.wait(uses)
+            with torch.inference_mode(mode=False), torch.no_grad():
+                target, notes = self._secure(target, on_device=before == "device")
+                self._device.drop()
         except BaseException as error:
-            if fresh:
-                del region
-                traceback.clear_frames(error.__traceback__)  # whose variables still view the slab
-                host.close()
+            if before == "device":
+                self._device.come_back()
+            self.at = before
+            if self._mover.background:
+                self._keeper.tell(Event(time.time(), "note", self.name, why=f"not parked: {error}"))
             raise
-        host.pin()
-        self._host = host
+        if target == "disk":
+            self.backing.drop_host()
+        self.at = target
+        reasons = [why, f"to {target}", *notes]
+        nbytes = freed or self.backing.host_bytes
+        return self._tell(kind, nbytes, time.perf_counter() - start, "; ".join(filter(None, reasons)))
 
-    def _spill(self, before: Place) -> None:
-        """Write the weights to a file of this process. ``before`` is where they are."""
+    def _secure(self, target: Literal["host", "disk"], *, on_device: bool) -> tuple[Literal["host", "disk"], list[str]]:
+        """Make sure that the weights exist at ``target``, and say what had to be done for it.
+
+        Where the host has no room, the disk is taken instead.
+        """
+        backing, notes = self.backing, []
+        if self._device.changed:
+            notes.append("the weights were changed, so they were copied back")
+            backing.changed()
+        if target == "host" and (backing.host is None or self._device.changed):
+            try:
+                notes.append(backing.to_host(self._device.fetch if on_device else None))
+            except MemoryError as error:
+                backing.note = f"on disk instead of the host: {error}"
+                notes.append(backing.note)
+                target = "disk"
+        if target == "disk":
+            newest = on_device and (self._device.changed or backing.host is None)
+            notes.append(backing.to_disk(self._device.slab.alias if newest else None))
+        self._device.changed = False
+        return target, notes
+
+    def _end_stage(self) -> Event:
         start = time.perf_counter()
-        path = self._keeper.spill_path(self.name)
-        if before == "device" or self._host is None:
-            tensors = self._binding.current()
-        else:
-            tensors = views_of(self._host.region(), self._binding.views)
-        self._sources = dict(weights.write(path, tensors))
-        why = f"the only other copy, in {path.parent}"
-        self._keeper.tell(Event(time.time(), "spilled", self.name, self.nbytes, time.perf_counter() - start, why))
-
-    def _release_device(self) -> None:
-        held = self._slab.committed
-        if not held:
-            return
-        self._binding.detach()
-        try:
-            self._slab.release()
-        except SlabInUseError:
-            self._binding.attach(self._slab.region())
-            raise ModuleError(
-                f"'{self.name}' was not parked: a variable outside the model still views its weights (a slice, "
-                "p.detach(), or a graph kept for backward). Delete it and park again"
-            ) from None
-        self._accelerator.hold(-held)
-        self._filled = 0
+        if self.backing.host is None and self._device.slab.committed:
+            try:
+                made = self.backing.to_host(self._device.fetch)
+            except MemoryError as error:
+                made = f"no host copy: {error}"
+            return self._tell("note", self.backing.host_bytes, time.perf_counter() - start, made, last=False)
+        return Event(time.time(), "note", self.name)
 
     def _used_while_parked(self, what: str) -> None:
         self._keeper.refuse_if_off(self.name, what)
         self.wake(what)
 
-    def _tell(self, kind: EventKind, nbytes: int, start: float, why: str) -> Event:
-        event = Event(time.time(), kind, self.name, nbytes, time.perf_counter() - start, why)
-        self._last_event = event
+    def _tell(self, kind: EventKind, nbytes: int, seconds: float, why: str, *, last: bool = True) -> Event:
+        event = Event(time.time(), kind, self.name, nbytes, seconds, why)
+        if last:
+            self._last_event = event
         self._keeper.tell(event)
         return event
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    """A whole region in one copy, on a stream of its own; the streams that compute wait for it, the caller too."""
-    stream = torch.cuda.Stream(target.device)
-    count = min(source.numel(), target.numel())
-    with torch.cuda.stream(stream):
-        target[:count].copy_(source[:count], non_blocking=True)
-        done = stream.record_event()
-    torch.cuda.current_stream(target.device).wait_event(done)
-    torch.cuda.default_stream(target.device).wait_event(done)
-    done.synchronize()

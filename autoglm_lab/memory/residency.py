@@ -22,8 +22,12 @@ from autoglm_lab.memory import weights
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.binding import placeholder
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.host_machine import host_memory
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.module_residency import ModuleResidency
+from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.mover import Mover
+from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.models.anatomy import anatomy, named_tensors
 from autoglm_lab.models.loading import Resolved
 from autoglm_lab.policy import MemoryPolicy
@@ -36,6 +40,9 @@ class Residency(Mapping[str, ModuleResidency]):
 
     Making one takes the weights over: nothing is on the device until `materialise`, `ensure` or a forward pass. The
     engine's thread moves modules; `info` and `holdings` may be read from any thread at any time.
+
+    Attributes:
+        pinned: page-locked host bytes of this model's copies, and how many the policy allows.
     """
 
     def __init__(
@@ -53,6 +60,8 @@ class Residency(Mapping[str, ModuleResidency]):
         self._attached = resolved.attached
         self._folder: Path | None = None
         self._closed = False
+        self.pinned = PinnedBudget(_pinned_limit(self.policy))
+        self._mover = Mover(accelerator.device)
         _realise(resolved.model, accelerator)
         self.specs = anatomy(resolved.model)
         self._modules = {
@@ -62,6 +71,8 @@ class Residency(Mapping[str, ModuleResidency]):
                 {name: resolved.sources[name] for name in spec.tensors},
                 accelerator,
                 self,
+                self._mover,
+                self.pinned,
             )
             for spec in self.specs
         }
@@ -87,17 +98,26 @@ class Residency(Mapping[str, ModuleResidency]):
     def materialise(self) -> list[Event]:
         """Bring every module to the device that the policy keeps there; each reads only its own tensors.
 
+        Beside a GPU, a module on demand gets its host copy meanwhile, in the background, so that its first wake is as
+        fast as every other.
+
         Raises:
             OutOfMemoryError: it does not fit; what is there already stays.
             LoadError: a file is gone or damaged.
         """
-        events: list[Event] = []
+        moves: list[Move] = []
         for module in self._modules.values():
             part = self.policy.module(module.name)
-            if module.place != "device" and (part.residency == "keep" or module.held):
-                events.append(module.wake("load", kind="loaded"))
-            if part.residency == "off" and module.place == "device":
-                events.append(module.park(part.park_to, "off by policy"))
+            if module.at != "device" and (part.residency == "keep" or module.backing.held):
+                moves.append(module.wake("load", kind="loaded"))
+            if part.residency == "off" and module.at == "device":
+                moves.append(module.park(part.park_to, "off by policy"))
+            if part.residency == "on-demand" and module.target(part.park_to) == "host":
+                if module.at == "device":
+                    module.stage()
+                else:
+                    module.park(part.park_to, "until it is needed", kind="loaded")
+        events = [move.result() for move in moves]
         weights.drop_pool()
         if self._attached:
             # The model was there when the accelerator was opened; now its bytes are the slabs' and have rows.
@@ -106,8 +126,8 @@ class Residency(Mapping[str, ModuleResidency]):
             self._accelerator.read_context()
         return events
 
-    def ensure(self, names: Iterable[str], why: str) -> list[Event]:
-        """Wake what a request needs.
+    def ensure(self, names: Iterable[str], why: str) -> list[Move]:
+        """Wake what a request needs. The current stream's work from now on waits for the weights; no thread does.
 
         Args:
             names: modules; those that the model lacks are an error.
@@ -120,17 +140,20 @@ class Residency(Mapping[str, ModuleResidency]):
         wanted = [self[name] for name in names]
         for module in wanted:
             self.refuse_if_off(module.name, why)
-        events = []
+        moves = []
         for module in wanted:
             module.last_used = time.time()
-            if module.place != "device":
-                events.append(module.wake(why))
-        return events
+            if module.at == "device":
+                module.join()
+            else:
+                moves.append(module.wake(why))
+        return moves
 
-    def apply(self, policy: MemoryPolicy) -> list[Event]:
+    def apply(self, policy: MemoryPolicy) -> list[Move]:
         """Obey a policy: wake modules that it keeps, park those that it switches off or parks elsewhere.
 
-        A module on demand stays where it is until it is needed, or idle for its ``keep_alive``.
+        A module on demand stays where it is until it is needed, or idle for its ``keep_alive``; beside a GPU its host
+        copy is made in the background meanwhile.
 
         Raises:
             ModuleError: the policy names a module that this model lacks, or a place that this machine lacks. Nothing
@@ -139,42 +162,46 @@ class Residency(Mapping[str, ModuleResidency]):
         """
         self._check(policy)
         before, self.policy = self.policy, policy
-        events = []
+        self.pinned.limit = _pinned_limit(policy)
+        moves = []
         try:
             for module in self._modules.values():
                 part = policy.module(module.name)
-                stated = part.park_to not in {"auto", module.place}
-                if part.residency == "off" and (module.place == "device" or stated):
-                    events.append(module.park(part.park_to, "off by policy"))
-            absent = [module for module in self._modules.values() if module.place != "device"]
-            events.extend(m.wake("kept by policy") for m in absent if policy.module(m.name).residency == "keep")
+                stated = part.park_to not in {"auto", module.at}
+                if part.residency == "off" and (module.at == "device" or stated):
+                    moves.append(module.park(part.park_to, "off by policy"))
+                if part.residency == "on-demand" and module.target(part.park_to) == "host":
+                    module.stage()
+            absent = [module for module in self._modules.values() if module.at != "device"]
+            moves.extend(m.wake("kept by policy") for m in absent if policy.module(m.name).residency == "keep")
         except BaseException:
             self.policy = before
+            self.pinned.limit = _pinned_limit(before)
             raise
-        return events
+        return moves
 
     def _check(self, policy: MemoryPolicy) -> None:
         for name, part in policy.modules.items():
             self[name].target(part.park_to)
 
-    def tick(self, now: float) -> list[Event]:
+    def tick(self, now: float) -> list[Move]:
         """Park the on-demand modules that were idle for their ``keep_alive``; ``now`` in seconds since the epoch.
 
         A module that cannot go now (in use, no room on disk) stays, and is tried again later.
         """
-        events = []
+        moves = []
         for module in self._modules.values():
             part = self.policy.module(module.name)
             if part.residency != "on-demand" or module.place != "device" or now - module.last_used < part.keep_alive:
                 continue
             try:
-                events.append(module.park(part.park_to, f"idle for {part.keep_alive:g} s"))
+                moves.append(module.park(part.park_to, f"idle for {part.keep_alive:g} s"))
             except ModuleError as error:
                 module.last_used = now
                 event = Event(time.time(), "note", module.name, why=f"not parked: {error}")
                 self.tell(event)
-                events.append(event)
-        return events
+                moves.append(Move.ended(event))
+        return moves
 
     def holdings(self) -> Iterator[Row]:
         """Rows of every module (see `ledger.Owner`)."""
@@ -211,12 +238,20 @@ class Residency(Mapping[str, ModuleResidency]):
         if self._closed:
             raise ModuleError("this model's weights were given back when it was closed: load it again")
 
+    def settle(self) -> None:
+        """Wait until every move that was begun has ended."""
+        self._mover.drain()
+
     def spill_path(self, name: str) -> Path:
         """A file for a module's weights in a folder of this process alone, removed when closed."""
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="autoglm-lab-", dir=_disk()))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder / f"{name}-{time.monotonic_ns()}.safetensors"
+
+
+def _pinned_limit(policy: MemoryPolicy) -> int:
+    return host_memory()[0] // 2 if policy.pinned is None else policy.pinned
 
 
 def _disk() -> str | None:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import gc
 import mmap
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from autoglm_lab.errors import ModuleError
+from autoglm_lab.memory.pinned import PinnedBudget, touch
+from autoglm_lab.units import format_bytes
 
 ALIGNMENT = 256
 
@@ -99,8 +102,20 @@ class Slab(Protocol):
         """The region while committed. Every call gives a tensor on the same memory."""
         ...
 
+    def alias(self) -> Tensor:
+        """As `region`, but `seal` does not count it as a use: for copies that end before the memory goes."""
+        ...
+
+    def seal(self) -> None:
+        """Make sure that no tensor views the memory any more. Raises `SlabInUseError` while one does."""
+        ...
+
+    def drop(self) -> None:
+        """Give sealed memory back. Kernels that may still use it must have ended."""
+        ...
+
     def release(self) -> None:
-        """Give the memory back. Raises `SlabInUseError` while a tensor still views it: it stays committed then."""
+        """Seal, wait for the device, drop. Raises `SlabInUseError`: it stays committed then."""
         ...
 
     def close(self) -> None:
@@ -115,15 +130,19 @@ class SlabInUseError(ModuleError):
 class HostSlab:
     """A slab of the host's memory, exactly whole pages; optionally pinned for copies to a GPU.
 
+    Args:
+        pin: lock the pages when `pin` is called.
+        budget: what counts pinned bytes and limits them; None: no limit.
+
     Attributes:
         pinned: whether CUDA copies from it without staging.
         note: why it is not pinned although that was asked for.
     """
 
-    def __init__(self, nbytes: int, *, pin: bool = False) -> None:
+    def __init__(self, nbytes: int, *, pin: bool = False, budget: PinnedBudget | None = None) -> None:
         self.size = max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
         self.pinned, self.note = False, ""
-        self._pin = pin
+        self._pin, self._budget = pin, budget
         self._map: mmap.mmap | None = None
         self._keep: Tensor | None = None
 
@@ -138,53 +157,75 @@ class HostSlab:
         if hasattr(mmap, "MADV_HUGEPAGE") and self.size >= 1 << 22:
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._map.madvise(mmap.MADV_HUGEPAGE)  # half the time of the first touch
-        self._keep = self._export()
-        return self._keep
-
-    def _export(self) -> Tensor:
-        # torch.frombuffer does not hold a mapping open; a ctypes array does, so that a mapping which a tensor still
-        # views refuses to close.
-        assert self._map is not None
-        return torch.frombuffer((ctypes.c_char * self.size).from_buffer(self._map), dtype=torch.uint8)
+        return self.region()
 
     def region(self) -> Tensor:
         if self._keep is None:
-            raise ModuleError("this memory was given back")
+            array = self._array()
+            self._exported = weakref.ref(array)
+            self._keep = torch.frombuffer(array, dtype=torch.uint8)
         return self._keep
 
-    def pin(self) -> None:
-        """Lock the pages for CUDA. Call it once they are filled: locking untouched pages is slower."""
-        if not self._pin or self.pinned or self._keep is None:
-            return
-        code = int(torch.cuda.cudart().cudaHostRegister(self._keep.data_ptr(), self.size, 0))
-        self.pinned = code == 0
-        self.note = (
-            "" if self.pinned else f"the host copy is not pinned (cudaHostRegister answered {code}): copies are slower"
-        )
+    def alias(self) -> Tensor:
+        return torch.frombuffer(self._array(), dtype=torch.uint8)
 
-    def release(self) -> None:
+    def _array(self) -> ctypes.Array[ctypes.c_char]:
+        # torch.frombuffer does not hold a mapping open; a ctypes array does, so that a mapping which a tensor still
+        # views refuses to close.
+        if self._map is None:
+            raise ModuleError("this memory was given back")
+        return (ctypes.c_char * self.size).from_buffer(self._map)
+
+    def touch(self) -> None:
+        """Let the system back the memory now. Call it before anything is written."""
+        touch(self.alias().data_ptr(), self.size)
+
+    def pin(self) -> None:
+        """Lock the pages for CUDA. Call it once they are touched: locking untouched pages is slower."""
+        if not self._pin or self.pinned or self._map is None:
+            return
+        if self._budget is not None and not self._budget.take(self.size):
+            used, limit = format_bytes(self._budget.used), format_bytes(self._budget.limit)
+            self.note = f"the host copy is not pinned ({used} of the {limit} allowed are): copies are slower"
+            return
+        code = int(torch.cuda.cudart().cudaHostRegister(self.alias().data_ptr(), self.size, 0))
+        self.pinned = code == 0
+        if self.pinned:
+            self.note = ""
+            return
+        self.note = f"the host copy is not pinned (cudaHostRegister answered {code}): copies are slower"
+        if self._budget is not None:
+            self._budget.give(self.size)
+
+    def seal(self) -> None:
+        if self._keep is None:
+            return
+        self._keep = None
+        if self._exported() is not None:
+            gc.collect()  # a cycle may hold the last view
+        array = self._exported()
+        if array is not None:
+            self._keep = torch.frombuffer(array, dtype=torch.uint8)
+            raise SlabInUseError("a tensor outside the model still views these weights")
+
+    def drop(self) -> None:
         if self._map is None:
             return
-        address = None if self._keep is None else self._keep.data_ptr()
-        if self.pinned and address is not None:
-            torch.cuda.cudart().cudaHostUnregister(address)
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.alias().data_ptr())
             self.pinned = False
-        self._keep = None
-        if not self._unmapped():
-            gc.collect()  # a cycle may hold the last view
-            if not self._unmapped():
-                self._keep = self._export()
-                self.pin()
-                raise SlabInUseError("a tensor outside the model still views these weights")
-        self._map = None
-
-    def _unmapped(self) -> bool:
-        assert self._map is not None
+            if self._budget is not None:
+                self._budget.give(self.size)
         try:
             self._map.close()
         except BufferError:
-            return False
-        return True
+            gc.collect()  # a cycle may hold the last alias
+            self._map.close()
+        self._map = None
+
+    def release(self) -> None:
+        self.seal()
+        self.drop()
 
     def close(self) -> None:
         self.release()
