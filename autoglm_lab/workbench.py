@@ -18,6 +18,7 @@ from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import EngineClosedError, ModuleError
 from autoglm_lab.memory.accelerator import open_accelerator
+from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
@@ -26,6 +27,7 @@ from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
+from autoglm_lab.memory.snapshot import snapshot, write_snapshot
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Resolved, adopt, resolve
 from autoglm_lab.policy import MemoryPolicy
@@ -58,10 +60,13 @@ def load(
         LoadError: the source is unknown or cannot be loaded; the message says what would help.
         PolicyError: the policy names a module that the model does not have.
     """
+    policy = policy or MemoryPolicy()
+    if policy.reclaim.expandable_segments:
+        expand_segments()  # before CUDA starts; where it is too late the workbench says so
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
     accelerator = open_accelerator(device)
     resolved = resolve(source, weights=weights, dtype=dtype, device=accelerator.device, seed=seed)
-    return Workbench(resolved, policy or MemoryPolicy(), accelerator=accelerator)
+    return Workbench(resolved, policy, accelerator=accelerator)
 
 
 def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolicy | None = None) -> Workbench:
@@ -74,6 +79,11 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
     """
     accelerator = open_accelerator(model.device)
     return Workbench(adopt(model, processor, device=model.device), policy or MemoryPolicy(), accelerator=accelerator)
+
+
+def open_workbenches() -> tuple[Workbench, ...]:
+    """The workbenches of this process that are not closed, by name."""
+    return tuple(sorted((one for one in _open if not one.closed), key=lambda one: one.name))
 
 
 class Workbench:
@@ -124,11 +134,13 @@ class Workbench:
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
         for note in resolved.notes:
             state.event("note", note)
+        late = expand_segments(accelerator.kind) if policy.reclaim.expandable_segments else ""
+        if late:
+            state.event("note", "reclaim", why=late)
         self.sampler.start()
         weakref.finalize(self, _let_go, self.engine.state)
-        for other in _open:
-            if not other.closed:
-                state.event("note", f"another workbench of this process, '{other.name}', is open: close() frees it")
+        for other in open_workbenches():
+            state.event("note", f"another workbench of this process, '{other.name}', is open: close() frees it")
         _open.add(self)
 
     # work
@@ -207,6 +219,20 @@ class Workbench:
     def reclaim(self) -> Event:
         """Give unused memory back to the system; the event says how many bytes really went."""
         return self.engine.reclaim()
+
+    def snapshot(self, path: str | Path) -> Path:
+        """Write the memory of the device as it is now, for PyTorch's memory viewer (pytorch.org/memory_viz).
+
+        On a GPU it holds torch's own segments and, with a name each, what lies outside of them: weights, pages of keys
+        and values, the context. On a CPU it holds the rows of the ledger. It is a pickle, as the viewer wants it.
+
+        Returns:
+            The file, which is there whole or not at all.
+
+        Raises:
+            LabError: the folder is not there, or the disk is full.
+        """
+        return write_snapshot(path, snapshot(self.memory, self.engine.state.accelerator.device))
 
     def drop(self, conversation: str) -> None:
         """Forget a conversation and free its keys and values."""
@@ -314,6 +340,8 @@ def _let_go(state: EngineState) -> None:
     if state.pool is not None:
         state.pool.close()
     state.residency.close()
+    if state.accelerator.budget is not None:
+        state.accelerator.set_budget(None)
 
 
 async def _present(turn: Turn) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
-from autoglm_lab.engine.recovery import evict
+from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.turn_queue import TurnQueue
 from autoglm_lab.engine.turn_run import TurnRun
@@ -29,6 +29,7 @@ from autoglm_lab.errors import (
     ModuleOffError,
     PolicyError,
 )
+from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
@@ -64,6 +65,7 @@ class LocalEngine:
             target=_serve, args=(weakref.ref(self), self._inbox), name="autoglm-lab engine", daemon=True
         )
         self._thread.start()
+        self._post(state.accelerator.warm_up)
 
     # what is
 
@@ -141,8 +143,12 @@ class LocalEngine:
     def set_policy(self, policy: MemoryPolicy) -> None:
         """Obey another policy, at once; KV limits from the next turn of a conversation on.
 
+        A budget below what is held frees what the policy allows: keys and values of idle conversations, modules on
+        demand, cached memory.
+
         Raises:
-            PolicyError: it names a module that this model does not have.
+            PolicyError: it names a module that this model does not have, or a budget that does not fit even so; the
+                policy stays as it was.
             ModuleError: a module could not be moved; the policy stays as it was.
         """
         check_modules(policy, self._state.residency)
@@ -262,10 +268,18 @@ class LocalEngine:
         state.accelerator.set_budget(policy.budget)
         try:
             state.residency.apply(policy)
+            state.policy = policy
+            fit_budget(state)
         except Exception:
+            state.policy = before
             state.accelerator.set_budget(before.budget)
+            if state.residency.policy is not before:
+                state.residency.apply(before)
             raise
-        state.policy = policy
+        segments = policy.reclaim.expandable_segments and not before.reclaim.expandable_segments
+        late = expand_segments(state.accelerator.kind) if segments else ""
+        if late:
+            state.event("note", "reclaim", why=late)
         kept, wanted = before.kv, policy.kv
         if (kept.precision, kept.place) != (wanted.precision, wanted.place) and state.pool is not None:
             self._change_pages()
@@ -411,6 +425,8 @@ def _close(state: EngineState, book: LedgerBook) -> None:
         book.unregister(state.pool)
         state.pool.close()
     state.residency.close()
+    if state.accelerator.budget is not None:
+        state.accelerator.set_budget(None)
 
 
 def _with_parts(messages: tuple[Message, ...], parts: Sequence[Any]) -> tuple[Message, ...]:

@@ -9,7 +9,7 @@ import torch
 
 from autoglm_lab.engine.conversation import Conversation
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.errors import OutOfMemoryError
+from autoglm_lab.errors import OutOfMemoryError, PolicyError
 from autoglm_lab.units import format_bytes
 
 Result = TypeVar("Result")
@@ -46,16 +46,39 @@ def recovering(state: EngineState, phase: str, own: Conversation | None, run: Ca
     raise OutOfMemoryError(phase, needed, had, remedies(state, own))
 
 
-def free_all(state: EngineState, own: Conversation | None) -> None:
+def free_all(state: EngineState, own: Conversation | None, why: str = "memory ran out") -> None:
     """Free idle conversations' KV and idle on-demand modules, then give the cache back."""
     for conversation in state.conversations.idle_by_age():
         if conversation is not own:
-            evict(state, conversation, "memory ran out")
+            evict(state, conversation, why)
     for name, module in state.residency.items():
         on_demand = state.policy.module(name).residency == "on-demand"
         if on_demand and module.place == "device" and name not in state.in_use:
-            module.park(state.policy.module(name).park_to, "memory ran out")
-    state.reclaim("memory ran out")
+            module.park(state.policy.module(name).park_to, why)
+    state.reclaim(why)
+
+
+def fit_budget(state: EngineState) -> None:
+    """Bring what the process holds under the policy's budget, by what the policy allows to free.
+
+    Raises:
+        PolicyError: it holds more even so. What was freed stays free; it comes back when it is needed.
+    """
+    budget = state.policy.budget
+    if budget is None or state.accelerator.headroom() >= 0:
+        return
+    free_all(state, None, "the budget is smaller")
+    held = state.accelerator.reading().process
+    if held is None or held <= budget:
+        return
+    infos = [module.info() for module in state.residency.values()]
+    weights = [f"{info.name} {format_bytes(info.nbytes)}" for info in infos if info.place == "device"]
+    context = state.accelerator.context + state.accelerator.grown.nbytes
+    parts = ", ".join([f"context {format_bytes(context)}", *weights])
+    raise PolicyError(
+        f"a budget of {format_bytes(budget)} is less than what the process must hold with these settings, "
+        f"{format_bytes(held)} ({parts}): set a larger one, or keep fewer modules on the device in the same change"
+    )
 
 
 def evict(state: EngineState, conversation: Conversation, why: str) -> None:
