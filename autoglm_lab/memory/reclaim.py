@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
-import traceback
-from typing import Any
 
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.memory.shell import forget_last_error, kept_outputs
 from autoglm_lab.policy import ReclaimPolicy
 
 
@@ -43,32 +41,12 @@ class Reclaimer:
 
         Returns:
             A ``reclaimed`` event with the bytes that really left the process; a negative figure means that it grew
-            meanwhile.
+            meanwhile. Outputs of cells that keep tensors alive are named in it, and left alone.
         """
         start = time.perf_counter()
         if clear_traceback:
             forget_last_error()
         gained = self._accelerator.give_back()
-        return Event(time.time(), "reclaimed", "memory", gained, time.perf_counter() - start, why)
-
-
-def forget_last_error() -> None:
-    """Clear the frames of the last uncaught error, whose variables would stay alive with it."""
-    kept = [getattr(sys, "last_exc", None), getattr(sys, "last_value", None)]
-    shell = _shell()
-    if shell is not None:
-        kept.append(getattr(shell, "_last_traceback", None))
-    for error in kept:
-        if isinstance(error, BaseException):
-            traceback.clear_frames(error.__traceback__)
-    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
-        if hasattr(sys, name):
-            setattr(sys, name, None)
-    if shell is not None:
-        setattr(shell, "_last_traceback", None)  # noqa: B010 - IPython has no public way
-
-
-def _shell() -> Any:
-    """IPython's shell, where there is one; never imports IPython."""
-    ipython = sys.modules.get("IPython")
-    return ipython.get_ipython() if ipython is not None else None
+        seconds = time.perf_counter() - start
+        told = "; ".join(part for part in (why, kept_outputs()) if part)
+        return Event(time.time(), "reclaimed", "memory", gained, seconds, told)
