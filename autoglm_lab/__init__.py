@@ -48,3 +48,20 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Bring ``%%vram`` into an IPython session: what ``%load_ext autoglm_lab`` calls."""
+    from autoglm_lab.magic import VramMagic
+
+    unload_ipython_extension(shell)
+    shell.autoglm_lab_vram = VramMagic(shell)
+    shell.autoglm_lab_vram.register()
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Take ``%%vram`` away again."""
+    magic = getattr(shell, "autoglm_lab_vram", None)
+    if magic is not None:
+        magic.unregister()
+        del shell.autoglm_lab_vram

@@ -27,7 +27,7 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"training", "server", "widgets", "figures"}, False),
     ({"workbench"}, True),
     ({"bench"}, True),
-    ({"cli", "demo", "doctor", "gpus"}, True),
+    ({"cli", "demo", "doctor", "gpus", "magic"}, True),
 )
 
 
