@@ -32,6 +32,8 @@ class Stock:
         self.model.to(self.device)
         self.model.generation_config = ours.generation_config
         self.model.set_attn_implementation(attention)
+        self._base = 0
+        self.release()
 
     def batch(self, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A dialogue as the model takes it, on the device."""
@@ -65,29 +67,32 @@ class Stock:
         return logits[0, -1].float()
 
     def first_token(self, messages: Sequence[dict[str, Any]]) -> tuple[float, int | None]:
-        """Seconds from the dialogue to its first token, and the bytes that torch's allocator took for it at most."""
-        self.settle()
-        before = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        """Seconds from the dialogue to its first token, and the most bytes that torch's allocator held for it, over
+        what it held at the last `release`; None on a CPU.
+        """
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         logits, cache = self.read(self.batch(messages))
         int(logits.argmax())
         seconds = time.perf_counter() - start
         del cache
-        if self.device.type != "cuda":
-            return seconds, None
-        return seconds, torch.cuda.max_memory_reserved(self.device) - before
+        return seconds, torch.cuda.max_memory_reserved(self.device) - self._base if cuda else None
+
+    def release(self) -> None:
+        """Give back what torch's allocator caches, and count peaks from there."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            self._base = torch.cuda.memory_reserved(self.device)
 
     def generate(self, batch: dict[str, Tensor], count: int, least: int | None = None) -> Tensor:
         """Greedy tokens ``[batch, count]``; less than ``count`` only where ``least`` is given and all rows ended."""
         least = count if least is None else least
         ids: Tensor = self.model.generate(**batch, do_sample=False, min_new_tokens=least, max_new_tokens=count)
         return ids[:, batch["input_ids"].shape[1] :]
-
-    def settle(self) -> None:
-        """Wait for the device, and count the allocator's peak from here."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def decode_rate(self, batch: dict[str, Tensor], count: int) -> float:
         """Tokens a second of ``generate`` over all rows, the prompt's own time taken off."""
