@@ -65,7 +65,7 @@ def test_live_sound_equals_the_clip(wb: lab.Workbench) -> None:
 def test_a_parked_module_wakes_for_a_request_and_answers_the_same(wb: lab.Workbench, picture: Image.Image) -> None:
     kept = wb.chat("Tap the red circle", image=picture, conversation="kept").result(60).text
     for place in ("host", "disk"):
-        wb.modules["vision"].park(place)
+        wb.modules["vision"].park(place).result(60)
         assert wb.modules["vision"].info.place == place
         assert wb.chat("Tap the red circle", image=picture, conversation=f"from {place}").result(60).text == kept
 
@@ -102,10 +102,10 @@ def test_the_phone_model_s_vision_comes_and_goes(phone: lab.Workbench) -> None:
     ledger = phone.memory
     assert sum(row.nbytes or 0 for row in ledger.on("device")) == ledger.total
     assert abs(ledger.nbytes("vision") - 1_784_996_864) < 4 * MiB
-    parked = phone.modules["vision"].park()
+    parked = phone.modules["vision"].park().result(60)
     freed = ledger.process - phone.memory.process
-    woken = phone.modules["vision"].wake()
-    again = phone.modules["vision"].park()
+    woken = phone.modules["vision"].wake().result(60)
+    again = phone.modules["vision"].park().result(60)
     logging.getLogger(__name__).info("%s\n%s\n%s\n%s\nfreed %s bytes", ledger, parked, woken, again, f"{freed:,}")
     assert freed >= 1_784_996_864
     assert phone.memory.nbytes("vision", "host") >= 1_784_996_864

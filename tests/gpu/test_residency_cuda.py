@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers as tf
 
-from autoglm_lab.errors import ModuleError
+from autoglm_lab.errors import ModuleError, OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.cuda_slab import CudaSlab
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.memory.residency import Residency
 from autoglm_lab.memory.slab import HostSlab, SlabInUseError
 from autoglm_lab.models.loading import adopt, resolve
 from autoglm_lab.models.skeleton import model_class
+from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, MiB
 
 IDS = torch.arange(20, 52)[None]
@@ -71,6 +75,15 @@ def checksums(residency: Residency) -> dict[str, int]:
         name: int(parameter.detach().contiguous().view(-1).view(torch.int16).sum(dtype=torch.int64))
         for name, parameter in residency.model.named_parameters()
     }
+
+
+def names(residency: Residency, module: str) -> tuple[str, ...]:
+    return next(spec.tensors for spec in residency.specs if spec.name == module)
+
+
+def checksums_of(residency: Residency, module: str) -> dict[str, int]:
+    wanted, sums = set(names(residency, module)), checksums(residency)
+    return {name: value for name, value in sums.items() if name in wanted}
 
 
 def free() -> int:
@@ -139,18 +152,20 @@ def test_releasing_waits_for_kernels_of_every_stream(device: torch.device) -> No
 
 def test_host_copies_are_exact_and_pinned(device: torch.device) -> None:
     nbytes = 33 * MiB + 4096
-    host = HostSlab(nbytes, pin=True)
+    budget = PinnedBudget(nbytes)
+    host = HostSlab(nbytes, pin=True, budget=budget)
     region = host.commit()
-    region.fill_(7)
+    host.touch()
     host.pin()
+    region.fill_(7)
     assert host.pinned, host.note
-    assert host.committed == nbytes
+    assert host.committed == budget.used == nbytes
     target = torch.empty(nbytes, dtype=torch.uint8, device=device)
     target.copy_(region, non_blocking=True)
     assert int(target.sum(dtype=torch.int64)) == 7 * nbytes
     del region
     host.close()
-    assert host.committed == 0
+    assert host.committed == budget.used == 0
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
@@ -161,11 +176,11 @@ def test_parking_gives_the_bytes_back_and_waking_gives_the_answers_back(loaded: 
     text = loaded["text"]
     assert text.nbytes > GiB // 2
     before = free()
-    text.park(place)  # type: ignore[arg-type]
+    text.park(place).result(60)  # type: ignore[arg-type]
     # The driver takes a little for itself when host memory is pinned for the first time.
     assert free() - before >= text.nbytes - 4 * MiB
     assert text.place == place
-    text.wake()
+    text.wake().result(60)
     assert abs(before - free()) < 4 * MiB
     assert {name: parameter.data_ptr() for name, parameter in loaded.model.named_parameters()} == addresses
     assert all(parameters[name] is parameter for name, parameter in loaded.model.named_parameters())
@@ -173,25 +188,138 @@ def test_parking_gives_the_bytes_back_and_waking_gives_the_answers_back(loaded: 
     assert torch.equal(logits(loaded), expected)
 
 
-def test_twenty_cycles_lose_no_byte(loaded: Residency, accelerator: Accelerator) -> None:
+def test_a_thousand_cycles_lose_no_byte(loaded: Residency, accelerator: Accelerator) -> None:
     for module in loaded.values():
         module.park()
         module.wake()
-    sums, before, slabs = checksums(loaded), free(), accelerator.reading().slabs
-    for _ in range(20):
-        for module in loaded.values():
+    loaded.settle()
+    sums, before, slabs, pinned = checksums(loaded), free(), accelerator.reading().slabs, loaded.pinned.used
+    process = psutil.Process()
+    host = process.memory_info().rss
+    small = [loaded[name] for name in ("vision", "projector", "head")]
+    for cycle in range(1000):
+        for module in small:
             module.park("host")
-        for module in loaded.values():
+        for module in small:
             module.wake()
+        if cycle % 100 == 0:
+            loaded["text"].park("host")
+            assert checksums_of(loaded, "vision") == {
+                name: sums[name] for name in names(loaded, "vision") if name in sums
+            }
+            loaded["text"].wake()
+    loaded.settle()
     assert checksums(loaded) == sums
     assert accelerator.reading().slabs == slabs
+    assert loaded.pinned.used == pinned
     assert abs(before - free()) < 4 * MiB
+    assert process.memory_info().rss - host < 32 * MiB
+
+
+def test_a_park_returns_while_the_device_is_busy(loaded: Residency, accelerator: Accelerator) -> None:
+    loaded["text"].park()
+    loaded["text"].wake()
+    loaded.settle()
+    slabs = accelerator.reading().slabs
+    torch.cuda._sleep(2_000_000_000)  # some 1 s of a kernel on the default stream
+    start = time.perf_counter()
+    move = loaded["text"].park()
+    waited = time.perf_counter() - start
+    assert not move.done
+    assert loaded["text"].place == "moving"
+    assert waited < 0.1
+    assert accelerator.reading().slabs == slabs
+    assert (move.result(60).seconds or 0) > 0.2
+    assert accelerator.reading().slabs < slabs
+
+
+def test_a_park_that_nothing_later_concerns_does_not_wait_for_it(loaded: Residency) -> None:
+    loaded["vision"].park()
+    loaded["vision"].wake()
+    loaded.settle()
+    before = torch.cuda.current_stream().record_event()
+    torch.cuda._sleep(2_000_000_000)
+    running = torch.cuda.current_stream().record_event()
+    assert loaded["vision"].park(after=before).result(60).kind == "parked"
+    assert not running.query()
+    torch.cuda.synchronize()
+
+
+def test_kernels_given_before_a_park_still_read_the_weights(loaded: Residency) -> None:
+    loaded["head"].park()
+    loaded["head"].wake()
+    weight, side = loaded.model.lm_head.weight, torch.cuda.Stream()
+    inputs = torch.ones(4096, 2048, device="cuda", dtype=weight.dtype)
+    expected = inputs @ weight.T
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.current_stream(), side):
+        with torch.cuda.stream(stream), torch.no_grad():
+            torch.cuda._sleep(100_000_000)
+            result = loaded.model.lm_head(inputs)
+        loaded["head"].park()
+        loaded["head"].wake()
+        torch.cuda.synchronize()
+        assert torch.equal(result, expected)
+
+
+def test_a_stream_that_runs_a_module_waits_for_its_weights(loaded: Residency) -> None:
+    expected = logits(loaded)
+    for _ in range(20):
+        loaded["text"].park()
+        loaded["text"].wake()
+        assert torch.equal(logits(loaded), expected)
+        loaded["text"].park()
+        loaded["text"].wake()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            inputs = IDS.cuda()
+            assert torch.equal(logits(loaded), expected), inputs
+
+
+def test_a_wake_while_a_wake_runs_and_a_park_after_it(loaded: Residency, events: list[Event]) -> None:
+    sums = checksums(loaded)
+    loaded["text"].park().result(60)
+    events.clear()
+    first, second = loaded["text"].wake(), loaded["text"].wake()
+    third = loaded["text"].park()
+    assert third.result(60).kind == "parked"
+    assert first is second or second.nbytes == 0
+    assert [event.kind for event in events] == ["woke", "parked"]
+    loaded["text"].wake()
+    assert checksums(loaded) == sums
+
+
+def test_a_wake_that_does_not_fit_leaves_everything_as_it_was(loaded: Residency, accelerator: Accelerator) -> None:
+    expected = logits(loaded)
+    loaded["text"].park().result(60)
+    slabs = accelerator.reading().slabs
+    held = accelerator.reading().process
+    assert held is not None
+    accelerator.set_budget(held + 16 * MiB)
+    with pytest.raises(OutOfMemoryError, match="raise budget="):
+        loaded["text"].wake()
+    assert (loaded["text"].place, accelerator.reading().slabs) == ("host", slabs)
+    accelerator.set_budget(None)
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_a_module_on_demand_is_staged_on_the_host(accelerator: Accelerator, events: list[Event]) -> None:
+    policy = MemoryPolicy(modules={"vision": "on-demand"})
+    resolved = resolve(config(layers=2), weights="dummy", device=accelerator.device)
+    residency = Residency(resolved, accelerator, policy=policy, on_event=events.append)
+    residency.materialise()
+    residency.settle()
+    assert residency["vision"].place == "host"
+    residency["text"].stage()
+    residency.settle()
+    assert residency["text"].park().why == "to host"
+    residency.close()
+    assert residency.pinned.used == 0
 
 
 def test_a_second_park_copies_nothing(loaded: Residency, events: list[Event]) -> None:
     assert "first host copy made" in loaded["vision"].park().why
-    loaded["vision"].wake()
-    assert events[-1].why == "from host"
+    assert loaded["vision"].wake().why == "from host"
+    assert events[-1].kind == "woke"
     assert loaded["vision"].park().why == "to host"
     rows = {row.place: row for row in loaded["vision"].holdings()}
     assert "device" not in rows
@@ -206,7 +334,7 @@ def test_weights_go_from_host_to_disk_and_back(loaded: Residency) -> None:
     head.park("host")
     assert "written to disk first" in head.park("disk").why
     assert [row.place for row in head.holdings()] == ["disk"]
-    head.park("host")
+    head.park("host").result(60)
     assert [row.place for row in head.holdings()] == ["host"]
     assert torch.equal(logits(loaded), expected)
 
@@ -228,8 +356,10 @@ def test_a_forward_wakes_parked_modules(loaded: Residency, events: list[Event]) 
     expected = logits(loaded)
     for module in loaded.values():
         module.park()
+    loaded.settle()
     events.clear()
     assert torch.equal(logits(loaded), expected)
+    loaded.settle()
     assert [(event.kind, event.subject) for event in events] == [("woke", "text"), ("woke", "head")]
 
 
@@ -302,7 +432,7 @@ def test_an_attached_model_moves_into_slabs(accelerator: Accelerator) -> None:
     assert torch.equal(logits(residency), expected)
     assert torch.cuda.memory_allocated() - held < 64 * MiB
     before = free()
-    residency["text"].park()
+    residency["text"].park().result(60)
     assert free() - before >= residency["text"].nbytes
     assert torch.equal(logits(residency), expected)
     residency.close()
