@@ -84,7 +84,7 @@ def test_a_budget_caps_the_allocator_with_weights_counted(accelerator: Accelerat
     fits = torch.empty(256 * MiB, dtype=torch.uint8, device="cuda")
     with pytest.raises(torch.OutOfMemoryError):
         torch.empty(512 * MiB, dtype=torch.uint8, device="cuda")
-    residency["text"].park()  # what the weights leave, the allocator may have
+    residency["text"].park().result(60)  # what the weights leave, the allocator may have
     larger = torch.empty(512 * MiB, dtype=torch.uint8, device="cuda")
     assert fits.numel() + larger.numel() == 768 * MiB
 
