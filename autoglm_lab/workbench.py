@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoglm_lab.engine.conversation import Conversations
+from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.local import LocalEngine, check_modules
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
 from autoglm_lab.engine.state import EngineState
@@ -20,6 +21,7 @@ from autoglm_lab.errors import EngineClosedError, ModuleError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.feature_store import FeatureStore
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.memory.page_format import PageFormat
@@ -113,6 +115,7 @@ class Workbench:
         book.register(residency)
         form = PageFormat.of(resolved.config, resolved.dtype, policy.kv.precision)
         pool = None if form is None else KvPool(form, accelerator, policy.kv.place)
+        features = FeatureStore()
         state = EngineState(
             model=resolved.model,
             processor=resolved.processor,
@@ -121,13 +124,15 @@ class Workbench:
             reclaimer=Reclaimer(accelerator),
             sampler=self.sampler,
             meter=PeakMeter(accelerator.device, lambda: accelerator.reading().process),
-            stepper=Stepper(resolved.model),
+            stepper=Stepper(resolved.model, encoder=Encoder(resolved.model, features)),
             policy=policy,
             conversations=Conversations(pool),
             pool=pool,
+            features=features,
             context_tokens=_context_tokens(resolved.config),
         )
         state.prepare_steps()
+        state.limit_stores()
         _mark_encoding(residency, state)
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")

@@ -12,12 +12,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from autoglm_lab.engine.prompt import MediaKind, MediaRun, Prompt
 
-_PLAIN = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
+_PLAIN = {"last_hidden_state", "pooler_output", "hidden_states", "attentions", "attention_mask"}
 
 
 class Features(Protocol):
     """Where outputs are kept by content."""
 
+    def clear(self) -> int: ...
     def get(self, key: str) -> Tensor | None: ...
     def put(self, key: str, features: Tensor) -> None: ...
     def has(self, key: str) -> bool: ...
@@ -37,20 +38,22 @@ class Encoder:
             "audio": getattr(model, "get_audio_features", None),
         }
         self._takes_outputs = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+        self._weights, self._writes = tuple(model.parameters()), 0
         self._listed: dict[MediaKind, bool] = {}
-        self._mixed = False
+        self._mixed: set[MediaKind] = set()
 
     def separate(self, prompt: Prompt, start: int) -> bool:
         """Whether the media from token ``start`` on can be encoded one by one, and their outputs cut at will."""
         runs = [run for run in prompt.runs if run.start + run.length > start]
         return (
             self._takes_outputs
-            and not self._mixed
+            and not any(run.kind in self._mixed for run in runs)
             and all(self._encoders[run.kind] is not None and prompt.inputs_of(run) for run in runs)
         )
 
     def missing(self, prompt: Prompt, start: int) -> set[MediaKind]:
         """The kinds of media from token ``start`` on that an encoder has to run for."""
+        self._forget_outdated()
         return {
             run.kind
             for run in prompt.runs
@@ -65,6 +68,7 @@ class Encoder:
         Returns:
             None where this model's encoders give more than that, which only its own forward can use.
         """
+        self._forget_outdated()
         outputs: dict[str, Tensor] = {}
         for run in prompt.runs:
             if run.start + run.length <= start or run.digest in outputs:
@@ -95,6 +99,14 @@ class Encoder:
                 given[kind] = BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[arg-type]
         return {"mm_encoder_outputs": given} if given else {}
 
+    def _forget_outdated(self) -> None:
+        """Outputs of weights that were written since are no longer true. A write through ``.data`` leaves no trace."""
+        if self._store is not None:
+            writes = sum(weight._version for weight in self._weights)  # noqa: SLF001 - torch's only count of writes
+            if writes != self._writes:
+                self._store.clear()
+                self._writes = writes
+
     def _run(self, prompt: Prompt, run: MediaRun) -> Tensor | None:
         encoder = self._encoders[run.kind]
         assert encoder is not None
@@ -103,13 +115,13 @@ class Encoder:
         pooled = getattr(output, "pooler_output", None)
         extra = {name for name, value in getattr(output, "items", dict)() if value is not None} - _PLAIN
         if pooled is None or extra:
-            self._mixed = True
+            self._mixed.add(run.kind)
             return None
         self._listed[run.kind] = isinstance(pooled, list | tuple)
         features = torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
         features = features.reshape(-1, features.shape[-1])
         if features.shape[0] != run.length:
-            self._mixed = True
+            self._mixed.add(run.kind)
             return None
         return features
 

@@ -12,7 +12,7 @@ from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
 from autoglm_lab.errors import ContextLimitError
 from autoglm_lab.memory.kv_pool import KvPool, PagedSequence
 from autoglm_lab.memory.page_format import PAGE_TOKENS
-from autoglm_lab.memory.prefix_index import page_keys
+from autoglm_lab.memory.page_keys import page_keys
 
 
 class KvState:
@@ -39,6 +39,7 @@ class KvState:
         self.delta = 0
         self.window: tuple[int, int] | None = None
         self.position_state: dict[int, Any] = {}
+        self._keys: list[bytes] = []
 
     @property
     def held(self) -> int:
@@ -68,6 +69,7 @@ class KvState:
     def clear(self) -> None:
         """Forget everything; the keys and values are given back."""
         self.ids, self.blocks, self.runs, self.own, self.position_state = [], None, (), None, {}
+        self._keys = []
         self.delta = 0
         if self.paged is not None:
             self.paged.keep(0)
@@ -87,11 +89,12 @@ class KvState:
                     layer.keys = layer.keys[..., :length, :].clone()
                     layer.values = layer.values[..., :length, :].clone()
         self.ids = self.ids[:length]
+        del self._keys[length // PAGE_TOKENS :]
         self.blocks = None if self.blocks is None else self.blocks[:length]
         self.runs = tuple(run for run in self.runs if run.start < length)
 
     def begin(self, prompt: Prompt, *, share: bool = True) -> int:
-        """Keep what ``prompt`` begins with, or hold it together with another conversation that began so.
+        """Keep what ``prompt`` begins with, or hold what is stored of it: of other conversations, or of earlier ones.
 
         Returns:
             Leading tokens of ``prompt`` that need no prefill.
@@ -135,22 +138,25 @@ class KvState:
             first, last = self.forgotten
             exact = len(self.ids) if first == last else first  # what came later has not seen all that its key covers
             media = [run.span for run in self.runs]
-            keys = page_keys(self.ids, self.blocks, media, PAGE_TOKENS)[: exact // PAGE_TOKENS]
-            self.paged.pool.prefixes.add(keys, self.paged.pages[: len(keys)])
+            keys = page_keys(self.ids, self.blocks, media, PAGE_TOKENS, self._keys)[: exact // PAGE_TOKENS]
+            self.paged.pages[: len(keys)] = self.paged.pool.prefixes.add(keys, self.paged.pages[: len(keys)])
+            self._keys = keys
 
     def _adopt(self, paged: PagedSequence, prompt: Prompt, own: int) -> int:
-        """Hold the pages of other conversations that begin as ``prompt``, where that is more than ``own`` tokens."""
-        keys = page_keys(prompt.ids, prompt.blocks, [run.span for run in prompt.runs], PAGE_TOKENS)
-        pages = paged.pool.prefixes.find(keys)
-        held = len(pages) * PAGE_TOKENS
+        """Hold the stored pages of what ``prompt`` begins with, where that is more than ``own`` tokens."""
+        media, known = [run.span for run in prompt.runs], self._keys[: own // PAGE_TOKENS]
+        keys = page_keys(prompt.ids, prompt.blocks, media, PAGE_TOKENS, known)
+        held = paged.pool.prefixes.match(keys) * PAGE_TOKENS
         blocks = None if prompt.blocks is None else prompt.blocks[:held]
         runs = [run for run in prompt.runs if run.start + run.length <= held]
         length = reusable(prompt, prompt.ids[:held], blocks, runs)
         if length <= own:
             return 0
-        paged.adopt(pages)
-        self.ids, self.runs = list(prompt.ids[:held]), tuple(runs)
-        self.blocks = None if blocks is None else list(blocks)
+        keys = keys[: -(-length // PAGE_TOKENS)]
+        paged.adopt(paged.pool.prefixes.hold(keys))
+        self._keys = keys
+        self.ids, self.runs = list(prompt.ids[: paged.tokens]), tuple(runs)
+        self.blocks = None if blocks is None else list(blocks[: paged.tokens])
         return length
 
 

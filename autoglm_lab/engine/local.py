@@ -169,7 +169,7 @@ class LocalEngine:
         return self._call(lambda: self._state.reclaim("asked"))
 
     def drop(self, conversation: str) -> None:
-        """Forget a conversation and free its keys and values.
+        """Forget a conversation. Its keys and values are freed, or kept as a prefix while ``kv.prefix_bytes`` allows.
 
         Raises:
             ConversationError: there is none of this name, or a turn of it is under way.
@@ -285,6 +285,7 @@ class LocalEngine:
             self._change_pages()
         elif kept.graphs != wanted.graphs:
             state.prepare_steps()
+        state.limit_stores()
         if policy.budget != before.budget:
             state.event("budget", "the process" if policy.budget else "none: the whole device", nbytes=policy.budget)
         for part in ("kv", "reclaim", "generation"):
@@ -298,6 +299,7 @@ class LocalEngine:
         old, kv = state.pool, state.policy.kv
         for conversation in state.conversations.idle_by_age():
             evict(state, conversation, "the policy keeps keys and values in another way")
+        old.prefixes.obey(kv.model_copy(update={"reuse": False}))
         state.pool = KvPool(old.form.at(kv.precision), state.accelerator, kv.place)
         state.conversations.use(state.pool)
         self._book.register(state.pool)

@@ -47,10 +47,11 @@ def recovering(state: EngineState, phase: str, own: Conversation | None, run: Ca
 
 
 def free_all(state: EngineState, own: Conversation | None, why: str = "memory ran out") -> None:
-    """Free idle conversations' KV and idle on-demand modules, then give the cache back."""
+    """Free idle conversations' KV, what is kept between turns and idle on-demand modules; then give the cache back."""
     for conversation in state.conversations.idle_by_age():
         if conversation is not own:
             evict(state, conversation, why)
+    state.free_stores()
     for name, module in state.residency.items():
         on_demand = state.policy.module(name).residency == "on-demand"
         if on_demand and module.place == "device" and name not in state.in_use:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoglm_lab.engine.conversation import Conversations
@@ -14,6 +14,7 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event, EventKind
+from autoglm_lab.memory.feature_store import FeatureStore
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.page_format import PAGE_TOKENS
@@ -30,6 +31,7 @@ class EngineState:
 
     Attributes:
         pool: the pages of keys and values; None where this model's layers cannot be paged.
+        features: what the encoders gave for images and sounds, by content.
         context_tokens: the longest dialogue the model takes; None: not stated.
         phase: what the engine is doing.
         peaks: where the peaks of the phase under way go.
@@ -49,6 +51,7 @@ class EngineState:
     policy: MemoryPolicy
     conversations: Conversations
     pool: KvPool | None = None
+    features: FeatureStore = field(default_factory=FeatureStore)
     context_tokens: int | None = None
     phase: str = "idle"
     peaks: tuple[PhasePeaks, ...] = ()
@@ -85,9 +88,9 @@ class EngineState:
 
     def prepare_steps(self) -> None:
         """Make what runs the steps, for the pages and the policy as they are now."""
-        old = self.stepper.graphs if self.stepper is not None else None
-        if old is not None:
-            old.clear()
+        old = self.stepper
+        if old.graphs is not None:
+            old.graphs.clear()
         graphs = None
         if self.pool is not None and self.accelerator.kind == "cuda" and self.policy.kv.graphs:
             graphs = DecodeGraphs(
@@ -98,7 +101,19 @@ class EngineState:
                 meanwhile=self._serve,
                 told=self._note_graph,
             )
-        self.stepper = Stepper(self.model, graphs=graphs)
+        self.stepper = Stepper(self.model, encoder=old.encoder, graphs=graphs)
+
+    def limit_stores(self) -> None:
+        """Let what is kept between turns obey the policy as it is now."""
+        self.features.obey(self.policy.kv.encoder_bytes)
+        if self.pool is not None:
+            self.pool.prefixes.obey(self.policy.kv)
+
+    def free_stores(self) -> None:
+        """Free what is kept on the device between turns, and that no conversation holds."""
+        self.features.clear()
+        if self.pool is not None:
+            self.pool.prefixes.free()
 
     def _serve(self) -> None:
         self.meanwhile()
@@ -108,8 +123,9 @@ class EngineState:
 
     def holdings(self) -> Iterable[Row]:
         """Rows of what the steps keep on the device."""
-        graphs = self.stepper.graphs
-        return () if graphs is None else graphs.holdings()
+        yield from self.features.holdings()
+        if self.stepper.graphs is not None:
+            yield from self.stepper.graphs.holdings()
 
     def reclaim(self, why: str) -> Event:
         """Give unused memory back to the system, KV pages too; recorded."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from autoglm_lab.engine.decode_graphs import DecodeGraphs
-from autoglm_lab.engine.encoder import Encoder, Features
+from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.kv_state import KvState
+from autoglm_lab.engine.lean_forward import LeanForward
 from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.errors import ConversationError
@@ -33,17 +34,16 @@ class Stepper:
     """Runs a model one step at a time.
 
     Args:
-        features: keeps the outputs of encoders by content; None: nothing is kept.
+        encoder: runs the encoders apart from the decoder; None: one that keeps nothing.
         graphs: decodes through captured graphs where they are given and fit.
 
-    Attributes:
-        encoder: runs the encoders apart from the decoder.
     """
 
-    def __init__(self, model: Any, *, features: Features | None = None, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(self, model: Any, *, encoder: Encoder | None = None, graphs: DecodeGraphs | None = None) -> None:
         self._model, self.graphs = model, graphs
-        self.encoder = Encoder(model, features)
+        self.encoder = Encoder(model) if encoder is None else encoder
         self._positions = Positions(model)
+        self._lean = LeanForward(model)
         self._configs = decoder_configs(model) if self._positions.stated else ()
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
 
@@ -211,7 +211,8 @@ class Stepper:
         if "logits_to_keep" in self._accepted:
             arguments["logits_to_keep"] = 1
         ours = isinstance(cache, PagedCache) and self._configs
-        with paged(self._configs, cache) if ours else contextlib.nullcontext():  # type: ignore[arg-type]
+        over_pages = paged(self._configs, cache) if ours else contextlib.nullcontext()  # type: ignore[arg-type]
+        with over_pages, self._lean.active():
             logits: Tensor = self._model(past_key_values=cache, use_cache=True, **arguments).logits
         return logits[:, -1].float()
 

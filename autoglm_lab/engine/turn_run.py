@@ -175,11 +175,9 @@ class TurnRun:
         """Wake the modules that this prompt needs from token ``start`` on."""
         state = self._state
         needs = [name for name in state.residency if name not in ("vision", "audio")]
-        if prompt.runs_from(start, "image") and "vision" in state.residency:
-            needs.append("vision")
-        heard = [run for run in prompt.runs_from(start, "audio") if run.digest not in prompt.live]
-        if heard and "audio" in state.residency:
-            needs.append("audio")
+        encoded = state.stepper.encoder.missing(prompt, start)
+        needs += ["vision"] * ("image" in encoded and "vision" in state.residency)
+        needs += ["audio"] * ("audio" in encoded and "audio" in state.residency)
         why = f"a turn of '{self.conversation.name}'"
         state.in_use = frozenset(needs)
         state.enter("load", self.peaks)

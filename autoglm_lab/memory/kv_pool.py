@@ -17,10 +17,11 @@ from torch import Tensor
 
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
+from autoglm_lab.memory.host_pages import HostPages
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat, PageStore
 from autoglm_lab.memory.page_region import CudaPageRegion, HostPageRegion, PageRegion, PinnedPageRegion
-from autoglm_lab.memory.prefix_index import PrefixIndex
+from autoglm_lab.memory.prefix_store import PrefixStore
 
 
 class KvPool:
@@ -33,6 +34,7 @@ class KvPool:
 
     Attributes:
         store: the pages as tensors.
+        prefixes: pages that several hold, or that are kept when nobody holds them.
     """
 
     def __init__(self, form: PageFormat, accelerator: Accelerator, place: Literal["device", "host"] = "device") -> None:
@@ -48,7 +50,8 @@ class KvPool:
         self._fresh, self._pages = 0, pages
         self._users: dict[int, int] = {}
         self._holders: dict[int, int] = {}
-        self.prefixes = PrefixIndex()
+        second = accelerator.kind == "cuda" and self.place == "device"
+        self.prefixes = PrefixStore(self, HostPages(form.nbytes, self._device) if second else None, PAGE_TOKENS)
         self._closed = False
         self.store = PageStore(form, region.bytes[: pages * self._stride], self._stride)
 
@@ -79,15 +82,18 @@ class KvPool:
         return len(self._users) * self._region.chunk
 
     def take(self, count: int) -> list[int]:
-        """``count`` pages.
+        """``count`` pages; those that are only kept as prefixes make room where there is none.
 
         Raises:
             OutOfMemoryError: the device or the budget has no room; nothing was taken.
         """
         wanted = count * self._stride
         had = self._room() + max(0, self.backed - self.used_pages * self._stride)
+        if count and wanted > had:
+            had += self.prefixes.free(wanted - had)
         if count and (wanted > had or count > self._pages - self.used_pages):
             raise OutOfMemoryError("KV cache", wanted, had)
+        self.prefixes.before_writing()
         taken: list[int] = []
         try:
             for _ in range(count):
@@ -103,21 +109,29 @@ class KvPool:
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """Let one more conversation hold ``pages``, which are in use."""
+        """Let one more conversation hold ``pages``, which are in use or kept."""
         for page in pages:
+            if not self._holders[page]:
+                self.prefixes.held(page)
             self._holders[page] += 1
 
     def put(self, pages: Iterable[int]) -> None:
-        """Let a conversation's pages go; those that no other holds are free.
+        """Let a conversation's pages go; those that no other holds are kept as prefixes, or free."""
+        idle = []
+        for page in pages:
+            self._holders[page] -= 1
+            if not self._holders[page] and not self.prefixes.released(page):
+                idle.append(page)
+        self.free(idle)
+        self.prefixes.settle()
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Free pages that nobody holds.
 
         On a CPU their memory goes back to the system at once, on CUDA with `trim`.
         """
         for page in pages:
-            self._holders[page] -= 1
-            if self._holders[page]:
-                continue
             del self._holders[page]
-            self.prefixes.forget(page)
             heapq.heappush(self._free, page)
             for chunk in self._chunks(page):
                 self._users[chunk] -= 1
@@ -154,6 +168,7 @@ class KvPool:
         if shared:
             counts = f"{shared * PAGE_TOKENS:,} tokens that several conversations begin with, stored once"
             yield Row("KV shared prefixes", "kv", self.place, shared * self._stride, counts)
+        yield from self.prefixes.holdings(self.place)
         idle = self.backed - self.used_pages * self._stride
         if idle > 0:
             yield Row("KV pages, unused", "kv", self.place, idle, "pages that no conversation holds, kept for the next")
@@ -163,6 +178,7 @@ class KvPool:
         if self._closed:
             return
         self._closed = True
+        self.prefixes.close()
         self._count(-len(self._users))
         self._users.clear()
         del self.store
@@ -223,15 +239,15 @@ class PagedSequence:
     def keep(self, tokens: int) -> None:
         """Keep the first ``tokens`` tokens and let the pages behind them go.
 
-        A page that is cut while others hold it is copied first, since the next tokens are written into it. Raises
-        `OutOfMemoryError` where there is no room for the copy; everything is as before then.
+        A page that is cut while others hold it, or that is to be kept, is copied first, since the next tokens are
+        written into it. Raises `OutOfMemoryError` where others need it and there is no room; all is as before then.
         """
         kept = -(-tokens // PAGE_TOKENS)
         if tokens % PAGE_TOKENS:
             cut = self.pages[kept - 1]
-            if self.pool.holders(cut) > 1:
-                self.pages[kept - 1] = self.pool.copy(cut)
-                self.pool.put([cut])
+            others = self.pool.holders(cut) > 1
+            if others or self.pool.prefixes.keeps(cut):
+                self._copy(kept - 1, must=others)
             else:
                 self.pool.prefixes.forget(cut)
         self.pool.put(self.pages[kept:])
@@ -246,6 +262,9 @@ class PagedSequence:
         first, count = -(-sinks // PAGE_TOKENS), -(-tokens // PAGE_TOKENS)
         if (first + count) * PAGE_TOKENS > self.tokens:
             return False
+        for page in self.pages[first : first + count]:
+            if self.pool.holders(page) == 1:
+                self.pool.prefixes.forget(page)  # what follows it stays in use, but not behind it
         self.pool.put(self.pages[first : first + count])
         del self.pages[first : first + count]
         self.tokens -= count * PAGE_TOKENS
@@ -253,7 +272,18 @@ class PagedSequence:
         return True
 
     def adopt(self, pages: Sequence[int]) -> None:
-        """Begin anew with full pages of other conversations, held by them too."""
-        self.pool.share(pages)
+        """Begin anew with full pages that are held for it already (`PrefixStore.hold`)."""
         self.pool.put(self.pages)
         self.pages, self.tokens = list(pages), len(pages) * PAGE_TOKENS
+
+    def _copy(self, number: int, *, must: bool) -> None:
+        """Go on with a copy of a page; with the page itself where there is no room and nobody else holds it."""
+        page = self.pages[number]
+        try:
+            self.pages[number] = self.pool.copy(page)
+        except OutOfMemoryError:
+            if must:
+                raise
+            self.pool.prefixes.forget(page)
+        else:
+            self.pool.put([page])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.host_pages import HostPages
-from autoglm_lab.memory.ledger import Row
+from autoglm_lab.memory.ledger import Place, Row
 from autoglm_lab.policy import KvPolicy
 
 
@@ -215,11 +215,12 @@ class PrefixStore:
         if self._host is not None:
             self._host.close()
 
-    def holdings(self) -> Iterator[Row]:
+    def holdings(self, place: Place = "device") -> Iterator[Row]:
+        """Rows of what nobody holds; ``place``: where the pool's pages are."""
         kept, host = self._kept, self.host_nbytes
         if kept:
             counts = f"{kept * self._page_tokens:,} tokens that no conversation holds, kept for one that begins alike"
-            yield Row("KV kept prefixes", "kv", "device", kept * self._pool.page_bytes, counts)
+            yield Row("KV kept prefixes", "kv", place, kept * self._pool.page_bytes, counts)
         if host and self._host is not None:
             pages, pinned = self._host.used, "pinned" if self._host.pinned else "pageable"
             counts = f"{pages * self._page_tokens:,} tokens that left the device, {pinned}; room for more included"

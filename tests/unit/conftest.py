@@ -27,3 +27,6 @@ def wb(loaded: lab.Workbench) -> Iterator[lab.Workbench]:
         module.wake()
     for info in loaded.conversations:
         loaded.drop(info.name)
+    # What a test leaves in the stores must not be found by the next.
+    loaded.policy = lab.MemoryPolicy(kv={"reuse": False, "encoder_bytes": 0})
+    loaded.policy = lab.MemoryPolicy()

@@ -17,7 +17,7 @@ from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
-from autoglm_lab.memory.prefix_index import page_keys
+from autoglm_lab.memory.page_keys import page_keys
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,

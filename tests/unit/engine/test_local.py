@@ -196,7 +196,9 @@ def test_a_request_for_a_module_that_is_off_names_the_setting(wb: lab.Workbench,
 
 def test_on_demand_wakes_for_a_request_parks_when_idle_and_answers_the_same(wb: lab.Workbench, picture: Any) -> None:
     kept = wb.chat("Tap the red circle", image=picture, conversation="kept").result(60)
-    wb.policy = wb.policy.replace(modules={"vision": {"residency": "on-demand", "keep_alive": 0.3}})
+    wb.policy = wb.policy.replace(
+        modules={"vision": {"residency": "on-demand", "keep_alive": 0.3}}, kv={"encoder_bytes": 0}
+    )
     wb.modules["vision"].park()
     turn = wb.chat("Tap the red circle", image=picture, conversation="on demand")
     assert turn.result(60).text == kept.text
