@@ -70,7 +70,7 @@ class KvPolicy(_Part):
         sinks: first tokens that ``window`` never forgets. Default 64.
         precision: ``model``: as the model computes; ``int8`` and ``int4`` take about a half and a third (lossy).
         place: ``device``, or ``host``: pinned host memory, brought in layer by layer while the model runs (slower).
-        chunk: most prompt tokens that one prefill step reads; a smaller chunk has a lower peak. Default 1536.
+        chunk: most prompt tokens that one prefill step reads; a smaller chunk has a lower peak. Default 2048.
         graphs: decode through captured CUDA graphs where there is a GPU: faster, for some memory. Default True.
         reuse: keep the KV of a conversation between its turns. Default True.
         max_conversations: KV is kept for at most this many conversations, least recently used dropped first.
@@ -86,7 +86,7 @@ class KvPolicy(_Part):
     sinks: int = Field(64, ge=0)
     precision: Literal["model", "int8", "int4"] = "model"
     place: Literal["device", "host"] = "device"
-    chunk: int = Field(1536, ge=16)
+    chunk: int = Field(2048, ge=16)
     graphs: bool = True
     reuse: bool = True
     max_conversations: int = Field(8, ge=1)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoglm_lab.engine.compile_ahead import CompileAhead
+from autoglm_lab.engine.lean_forward import LeanForward
 from autoglm_lab.memory import paged_kernels
 from autoglm_lab.memory.kv_pool import KvPool, PagedSequence
 from autoglm_lab.memory.ledger import Row
@@ -60,18 +62,20 @@ class DecodeGraphs:
         meanwhile: Callable[[], None] | None = None,
         told: Callable[[str, float], None] | None = None,
     ) -> None:
+        device: torch.device = model.device
+        self.usable = device.type == "cuda" and bool(decoder_configs(model)) and paged_kernels.available(pool)
+        self._ahead = CompileAhead(model, pool) if self.usable else None
         self._model, self._pool, self._planes = model, pool, planes
         self._width = -(-(context_tokens or 65_536) // PAGE_TOKENS)
         self._meanwhile, self._told = meanwhile, told
         self._configs = decoder_configs(model)
+        self._lean = LeanForward(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._graphs: dict[int, _Graph] = {}
         self._memory: Any = None
         self._spare: list[int] = []
         self._cached = 0
         self._done: torch.cuda.Event | None = None
-        device: torch.device = model.device
-        self.usable = device.type == "cuda" and bool(self._configs) and paged_kernels.available(pool)
 
     @torch.no_grad()
     def step(self, sequences: Sequence[PagedSequence], tokens: Sequence[int], positions: Tensor) -> Tensor | None:
@@ -155,6 +159,8 @@ class DecodeGraphs:
 
     def _captured(self, size: int) -> _Graph | None:
         start = time.perf_counter()
+        if self._ahead is not None:
+            self._ahead.wait()
         try:
             graph = self._capture(size)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -189,7 +195,7 @@ class DecodeGraphs:
             self._memory = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with paged(self._configs, cache):
+        with paged(self._configs, cache), self._lean.active():
             with torch.cuda.stream(stream):
                 forward()  # kernels are loaded and compiled before the capture
             torch.cuda.current_stream(device).wait_stream(stream)

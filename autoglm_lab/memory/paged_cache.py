@@ -49,7 +49,7 @@ class PagedCache(Cache):
         self.table = torch.tensor(table, device=device, dtype=torch.int32)
         starts = torch.tensor(self.before, device=device, dtype=torch.int32)
         self.lengths = starts + new_tokens
-        self._kernels = not gathers and new_tokens == 1 and paged_kernels.available(pool)
+        self._kernels = paged_kernels.available(pool)
         if not self._kernels:
             places = starts[:, None] + torch.arange(new_tokens, device=device)
             self._new_pages = self.table.gather(1, places.long() // PAGE_TOKENS)
@@ -78,12 +78,14 @@ class PagedCache(Cache):
         layer, keys, values = self._latest
         if not any(self.before) and self.pool.form.precision == "model":
             return keys, values  # nothing else is there
+        if self._kernels:
+            return paged_kernels.read(self.pool, layer, self.table, self.longest)
         keys, values = self.pool.store.read(layer, self.table)
         return keys[:, :, : self.longest], values[:, :, : self.longest]
 
     def attend(self, query: Tensor, scale: float) -> Tensor | None:
         """Attention of one new token a row over pages, ``[batch, 1, heads, head_dim]``; None where it must gather."""
-        if not self._kernels or self._latest is None:
+        if not self._kernels or self.new_tokens > 1 or self._latest is None:
             return None
         return paged_kernels.attend(self.pool, self._latest[0], query, scale, self.table, self.lengths)
 

@@ -1,7 +1,7 @@
-"""One decode step's attention over pages on a GPU: two Triton kernels that need no copy of the keys and values.
+"""Keys and values in pages on a GPU, by Triton kernels: written, read, and attended to without a copy of them.
 
-Everything that changes from step to step (block tables, lengths) is read from the device's memory, so that a captured
-graph of them fits every step with the same number of rows.
+Everything that changes from one decode step to the next (block tables, lengths) is read from the device's memory, so
+that a captured graph of them fits every step with the same number of rows.
 """
 
 from __future__ import annotations
@@ -9,98 +9,128 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from autoglm_lab.memory.page_format import PAGE_TOKENS
-
-if TYPE_CHECKING:
-    from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat, PageStore
 
 _BLOCK = 64
 """Tokens that one round of a kernel's loop reads."""
 _PROGRAMS = 256
 """Parts into which one step's work is cut at least: about two for each multiprocessor of a large card."""
 _MOST_SPLITS = 64
+_LOG2_E = 1.4426950408889634
 
 
-def available(pool: KvPool) -> bool:
+class Pages(Protocol):
+    """Pages and their format, as a pool has them."""
+
+    @property
+    def form(self) -> PageFormat: ...
+    @property
+    def store(self) -> PageStore: ...
+
+
+@dataclass(frozen=True)
+class _Pages:
+    form: PageFormat
+    store: PageStore
+
+
+def available(pool: Pages) -> bool:
     """Whether the kernels run here, on pages of this format. Without them keys and values are gathered."""
-    form = pool.form
-    power_of_two = form.head_dim & (form.head_dim - 1) == 0
-    return _triton() and pool.store.codes.is_cuda | _interpreted() and power_of_two and 16 <= form.head_dim <= 256
+    dim = pool.form.head_dim
+    fits = dim & (dim - 1) == 0 and 16 <= dim <= 256
+    return fits and _triton() and (pool.store.codes.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def write(pool: KvPool, layer: int, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
-    """Put one new token's keys and values ``[batch, kv_heads, 1, head_dim]`` at the end of each row.
+def write(pool: Pages, layer: int, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
+    """Put new keys and values ``[batch, kv_heads, new, head_dim]`` at the end of each row.
 
     Args:
         table: pages of each row, ``int32 [batch, pages]``.
-        lengths: tokens of each row with the new one, ``int32 [batch]``.
+        lengths: tokens of each row with the new ones, ``int32 [batch]``.
     """
-    kernels, store, form = _kernels(), pool.store, pool.form
-    codes, scales = _layer_of(store.codes, layer), _layer_of(store.scales, layer)
-    batch, heads = keys.shape[0], form.kv_heads
-    kernels.write_kernel[(batch, heads, 2)](
-        keys, values, codes, codes if scales is None else scales, table, lengths,
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
-        codes.stride(0), codes.stride(1), codes.stride(2), codes.stride(3),
-        0 if scales is None else scales.stride(0), 0 if scales is None else scales.stride(1),
-        0 if scales is None else scales.stride(2), 0 if scales is None else scales.stride(3),
-        table.stride(0),
-        PAGE=PAGE_TOKENS, DIM=form.head_dim, GROUP=form.group, BITS=_bits(pool),
-        num_warps=1,
+    form = pool.form
+    codes, scales, strides = _layer_of(pool, layer)
+    batch, heads, new, _ = keys.shape
+    keys, values = (one if one.stride(-1) == 1 else one.contiguous() for one in (keys, values))
+    _kernels().write_kernel[(batch * new, heads, 2)](
+        keys, values, codes, scales, table, lengths, new,
+        *keys.stride()[:3], *values.stride()[:3], *strides, table.stride(0),
+        PAGE=PAGE_TOKENS, DIM=form.head_dim, GROUP=form.group, BITS=_bits(pool), num_warps=1,
     )  # fmt: skip
 
 
-def attend(pool: KvPool, layer: int, query: Tensor, scale: float, table: Tensor, lengths: Tensor) -> Tensor:
+def read(pool: Pages, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first ``length`` tokens of each row: ``[batch, kv_heads, length, head_dim]`` each."""
+    form, batch = pool.form, table.shape[0]
+    codes, scales, strides = _layer_of(pool, layer)
+    result = torch.empty(2, batch, form.kv_heads, length, form.head_dim, dtype=form.dtype, device=table.device)
+    _kernels().read_kernel[(-(-length // _BLOCK), batch * form.kv_heads, 2)](
+        codes, scales, table, result, length, *strides, table.stride(0), *result.stride()[:3],
+        PAGE=PAGE_TOKENS, DIM=form.head_dim, SCALE_GROUP=form.group, BITS=_bits(pool), BLOCK=_BLOCK,
+        HEADS=form.kv_heads, num_warps=4,
+    )  # fmt: skip
+    return result[0], result[1]
+
+
+def attend(pool: Pages, layer: int, query: Tensor, scale: float, table: Tensor, lengths: Tensor) -> Tensor:
     """Attention of one new token a row, ``[batch, heads, 1, head_dim]``, over its pages.
 
     Returns:
         ``[batch, 1, heads, head_dim]`` in the query's dtype.
     """
-    kernels, store, form = _kernels(), pool.store, pool.form
-    codes, scales = _layer_of(store.codes, layer), _layer_of(store.scales, layer)
+    kernels, form = _kernels(), pool.form
+    codes, scales, strides = _layer_of(pool, layer)
     batch, heads, _, dim = query.shape
     group = heads // form.kv_heads
     splits = min(_MOST_SPLITS, 1 << max(1, _PROGRAMS // (batch * form.kv_heads)).bit_length() - 1)
     partial = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=query.device)
     kernels.attend_kernel[(batch, form.kv_heads, splits)](
-        query, codes, codes if scales is None else scales, table, lengths, partial, sums, scale * 1.4426950408889634,
-        query.stride(0), query.stride(1),
-        codes.stride(0), codes.stride(1), codes.stride(2), codes.stride(3),
-        0 if scales is None else scales.stride(0), 0 if scales is None else scales.stride(1),
-        0 if scales is None else scales.stride(2), 0 if scales is None else scales.stride(3),
+        query, codes, scales, table, lengths, partial, sums, scale * _LOG2_E, *query.stride()[:2], *strides,
         table.stride(0), heads,
         PAGE=PAGE_TOKENS, DIM=dim, SCALE_GROUP=form.group, BITS=_bits(pool), HEADS=group,
-        ROWS=max(16, 1 << (group - 1).bit_length()), BLOCK=_BLOCK, SPLITS=splits,
-        EXACT=query.dtype == torch.float32,
+        ROWS=max(16, 1 << (group - 1).bit_length()), BLOCK=_BLOCK, EXACT=query.dtype == torch.float32,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     result = torch.empty(batch, 1, heads, dim, dtype=query.dtype, device=query.device)
-    kernels.join_kernel[(batch, heads)](partial, sums, result, heads, DIM=dim, SPLITS=splits, num_warps=1)
+    kernels.join_kernel[(batch, heads)](partial, sums, result, heads, splits, DIM=dim, MOST=_MOST_SPLITS, num_warps=1)
     return result
 
 
-def _bits(pool: KvPool) -> int:
+def compile_for(form: PageFormat, stride: int, heads: int, device: torch.device) -> None:
+    """Compile the kernels for pages of this format, ``stride`` bytes apart, so that the first step finds them."""
+    region = torch.zeros(2 * stride, dtype=torch.uint8, device=device)
+    pages = _Pages(form, PageStore(form, region, stride))
+    new = torch.zeros(1, form.kv_heads, 1, form.head_dim, dtype=form.dtype, device=device)
+    query = torch.zeros(1, heads, 1, form.head_dim, dtype=form.dtype, device=device)
+    table, lengths = (torch.ones(shape, dtype=torch.int32, device=device) for shape in ((1, 1), (1,)))
+    write(pages, 0, new, new, table, lengths)
+    read(pages, 0, table, 1)
+    attend(pages, 0, query, 1.0, table, lengths)
+
+
+def _bits(pool: Pages) -> int:
     return {"model": 16, "int8": 8, "int4": 4}[pool.form.precision]
 
 
-def _layer_of(tensor: Any, layer: int) -> Any:
-    """``[pages, 2, PAGE_TOKENS, kv_heads, width]`` of one layer."""
-    return None if tensor is None else tensor[:, layer]
+def _layer_of(pool: Pages, layer: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Codes and scales of one layer, and the strides of their pages, parts, slots and heads."""
+    codes = pool.store.codes[:, layer]
+    if pool.store.scales is None:
+        return codes, codes, (*codes.stride()[:4], 0, 0, 0, 0)
+    scales = pool.store.scales[:, layer]
+    return codes, scales, (*codes.stride()[:4], *scales.stride()[:4])
 
 
 @functools.cache
 def _triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

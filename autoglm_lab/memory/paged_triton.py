@@ -4,30 +4,31 @@ Softmax is in base 2: the caller multiplies its scale by log2(e). Splitting a ro
 their partial results afterwards follows Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 """
 # mypy: ignore-errors
-# ruff: noqa: N803, N806, SIM108
+# ruff: noqa: N803, N806
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new", "table_row"])
 def write_kernel(
-    keys, values, codes, scales, table, lengths,
-    key_batch, key_head, value_batch, value_head,
+    keys, values, codes, scales, table, lengths, new,
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
     code_page, code_part, code_slot, code_head,
     scale_page, scale_part, scale_slot, scale_head,
     table_row,
     PAGE: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row, head, and keys (part 0) or values (part 1)."""
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    last = tl.load(lengths + row) - 1
-    page = tl.load(table + row * table_row + last // PAGE).to(tl.int64)
-    slot = last % PAGE
+    """One program a new token, head, and keys (part 0) or values (part 1)."""
+    row, token = tl.program_id(0) // new, tl.program_id(0) % new
+    head, part = tl.program_id(1), tl.program_id(2)
+    place = tl.load(lengths + row) - new + token
+    page = tl.load(table + row * table_row + place // PAGE).to(tl.int64)
+    slot = place % PAGE
     if part == 0:
-        given = keys + row * key_batch + head * key_head
+        given = keys + row * key_batch + head * key_head + token * key_token
     else:
-        given = values + row * value_batch + head * value_head
+        given = values + row * value_batch + head * value_head + token * value_token
     to = codes + page * code_page + part * code_part + slot * code_slot + head * code_head
     dims = tl.arange(0, DIM)
     if BITS == 16:
@@ -62,19 +63,21 @@ def _tile(
     """Keys or values of some tokens, ``[tokens, WIDTH]``: all dimensions, or for 4 bits the lower or higher half."""
     raw = tl.load(codes + offsets[:, None] + dims[None, :], mask=seen[:, None], other=0)
     if BITS == 16:
-        return raw
-    if BITS == 8:
+        tile = raw
+    elif BITS == 8:
         scale = tl.load(scales + scale_offsets, mask=seen, other=0).to(tl.float32)
-        return raw.to(tl.float32) * scale[:, None]
-    nibbles = (raw >> 4) if HIGH else (raw & 15)
-    group = (dims + (WIDTH if HIGH else 0)) // GROUP * 2
-    at = scales + scale_offsets[:, None] + group[None, :]
-    scale = tl.load(at, mask=seen[:, None], other=0).to(tl.float32)
-    low = tl.load(at + 1, mask=seen[:, None], other=0).to(tl.float32)
-    return nibbles.to(tl.float32) * scale + low
+        tile = raw.to(tl.float32) * scale[:, None]
+    else:
+        nibbles = (raw >> 4) if HIGH else (raw & 15)
+        group = (dims + (WIDTH if HIGH else 0)) // GROUP * 2
+        at = scales + scale_offsets[:, None] + group[None, :]
+        scale = tl.load(at, mask=seen[:, None], other=0).to(tl.float32)
+        low = tl.load(at + 1, mask=seen[:, None], other=0).to(tl.float32)
+        tile = nibbles.to(tl.float32) * scale + low
+    return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "heads"])
 def attend_kernel(
     query, codes, scales, table, lengths, partial, sums, scale,
     query_batch, query_head,
@@ -82,14 +85,14 @@ def attend_kernel(
     scale_page, scale_part, scale_slot, scale_head,
     table_row, heads,
     PAGE: tl.constexpr, DIM: tl.constexpr, SCALE_GROUP: tl.constexpr, BITS: tl.constexpr, HEADS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One program a row, key head and split: attention of that head's queries over the split's tokens."""
-    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head, split, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     length = tl.load(lengths + row)
     blocks = tl.cdiv(length, BLOCK)
-    first = blocks * split // SPLITS * BLOCK
-    end = tl.minimum(blocks * (split + 1) // SPLITS * BLOCK, length)
+    first = blocks * split // splits * BLOCK
+    end = tl.minimum(blocks * (split + 1) // splits * BLOCK, length)
 
     WIDTH: tl.constexpr = DIM // 2 if BITS == 4 else DIM
     COMPUTE: tl.constexpr = tl.float32 if EXACT else query.dtype.element_ty
@@ -133,7 +136,7 @@ def attend_kernel(
             )
         peak = highest
 
-    place = (row * heads + head * HEADS + members) * SPLITS + split
+    place = (row * heads + head * HEADS + members) * splits + split
     tl.store(partial + place[:, None] * DIM + dims[None, :], result, mask=used[:, None])
     if BITS == 4:
         tl.store(partial + place[:, None] * DIM + dims[None, :] + WIDTH, result_high, mask=used[:, None])
@@ -141,15 +144,42 @@ def attend_kernel(
     tl.store(sums + place * 2 + 1, total, mask=used)
 
 
-@triton.jit
-def join_kernel(partial, sums, result, heads, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """One program a row and head: its splits' results, weighted by what each summed."""
+@triton.jit(do_not_specialize=["heads", "count"])
+def join_kernel(partial, sums, result, heads, count, DIM: tl.constexpr, MOST: tl.constexpr):
+    """One program a row and head: the results of its ``count`` splits, weighted by what each summed."""
     row, head = tl.program_id(0), tl.program_id(1)
-    place = (row * heads + head) * SPLITS
-    splits, dims = tl.arange(0, SPLITS), tl.arange(0, DIM)
-    peaks = tl.load(sums + (place + splits) * 2)
-    totals = tl.load(sums + (place + splits) * 2 + 1)
+    place = (row * heads + head) * count
+    splits, dims = tl.arange(0, MOST), tl.arange(0, DIM)
+    there = splits < count
+    peaks = tl.load(sums + (place + splits) * 2, mask=there, other=float("-inf"))
+    totals = tl.load(sums + (place + splits) * 2 + 1, mask=there, other=0)
     weights = tl.exp2(peaks - tl.max(peaks, 0))
-    parts = tl.load(partial + (place + splits)[:, None] * DIM + dims[None, :])
+    parts = tl.load(partial + (place + splits)[:, None] * DIM + dims[None, :], mask=there[:, None], other=0)
     joined = tl.sum(parts * weights[:, None], 0) / tl.sum(totals * weights, 0)
     tl.store(result + (row * heads + head) * DIM + dims, joined)
+
+
+@triton.jit(do_not_specialize=["length", "table_row", "result_part", "result_batch", "result_head"])
+def read_kernel(
+    codes, scales, table, result, length,
+    code_page, code_part, code_slot, code_head,
+    scale_page, scale_part, scale_slot, scale_head,
+    table_row, result_part, result_batch, result_head,
+    PAGE: tl.constexpr, DIM: tl.constexpr, SCALE_GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):  # fmt: skip
+    """One program a block of tokens, row and head, and keys or values: pages into one dense tensor."""
+    row, head, part = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS, tl.program_id(2)
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seen = tokens < length
+    page = tl.load(table + row * table_row + tokens // PAGE, mask=seen, other=0).to(tl.int64)
+    at = page * code_page + part * code_part + (tokens % PAGE) * code_slot + head * code_head
+    scale_at = page * scale_page + part * scale_part + (tokens % PAGE) * scale_slot + head * scale_head
+    WIDTH: tl.constexpr = DIM // 2 if BITS == 4 else DIM
+    dims = tl.arange(0, WIDTH)
+    to = result + part * result_part + row * result_batch + head * result_head + tokens[:, None] * DIM + dims[None, :]
+    tile = _tile(codes, scales, at, scale_at, dims, seen, False, WIDTH, SCALE_GROUP, BITS)
+    tl.store(to, tile, mask=seen[:, None])
+    if BITS == 4:
+        high = _tile(codes, scales, at, scale_at, dims, seen, True, WIDTH, SCALE_GROUP, BITS)
+        tl.store(to + WIDTH, high, mask=seen[:, None])

@@ -1,0 +1,150 @@
+"""The same forward in less memory and fewer kernels, for our steps alone.
+
+Feed-forward layers look at each token by itself, so a long chunk goes through them in slices: their inner width is
+what a prefill's peak is made of. Root-mean-square norms are one kernel instead of eight. Both are tried out on numbers
+before they stand in for a module, and only where its result is the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SLICE = 512
+"""Tokens that go through a feed-forward layer at once."""
+_PLAIN = (nn.Linear, nn.Dropout, nn.Identity)
+
+
+class LeanForward:
+    """Stands in for some modules of a model's decoder while it is active. Only the engine's thread uses it."""
+
+    def __init__(self, model: Any) -> None:
+        decoder = _decoder(model)
+        device: torch.device = model.device
+        self._modules = [module for module in decoder.modules() if _is_feed_forward(module)]
+        self._norms = [
+            module
+            for module in decoder.modules()
+            if type(module).__name__.endswith("RMSNorm") and device.type == "cuda" and _has_triton()
+        ]
+        self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the modules compute the lean way."""
+        if self._forwards is None:
+            self._forwards = self._tried()
+        for module, forward in self._forwards:
+            module.__dict__["forward"] = forward
+        try:
+            yield
+        finally:
+            for module, _ in self._forwards:
+                module.__dict__.pop("forward", None)
+
+    @staticmethod
+    def norm_shapes(model: Any) -> set[tuple[int, torch.dtype]]:
+        """Widths and dtypes of the decoder's root-mean-square norms."""
+        norms = [module for module in _decoder(model).modules() if type(module).__name__.endswith("RMSNorm")]
+        weights = [getattr(module, "weight", None) for module in norms]
+        return {(weight.shape[-1], weight.dtype) for weight in weights if isinstance(weight, Tensor)}
+
+    @staticmethod
+    def compile_norms(shapes: set[tuple[int, torch.dtype]], device: torch.device) -> None:
+        """Compile the kernel that stands in for norms of these widths and dtypes."""
+        from autoglm_lab.engine.norm_kernel import rms_norm
+
+        for width, dtype in shapes:
+            ones = torch.ones(1, width, dtype=dtype, device=device)
+            rms_norm(ones, ones[0], 1e-6)
+
+    def _tried(self) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """What may stand in: one module of each class and size is tried for all of them."""
+        verdicts: dict[Any, bool] = {}
+        found = []
+        for modules, make in ((self._modules, _sliced), (self._norms, _fused)):
+            for module in modules:
+                width = _width(module)
+                forward = make(module)
+                kind = type(module), width
+                if kind not in verdicts:
+                    verdicts[kind] = _same(module, forward, width)
+                if verdicts[kind]:
+                    found.append((module, forward))
+        return found
+
+
+def _decoder(model: Any) -> nn.Module:
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError, TypeError):
+        return model  # type: ignore[no-any-return]
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    """A module named so, of linear layers and activations without weights, as wide at the end as at the beginning."""
+    if not type(module).__name__.lower().endswith(("mlp", "feedforward")):
+        return False
+    leaves = [child for child in module.modules() if child is not module]
+    linear = [child for child in leaves if isinstance(child, nn.Linear)]
+    others = [child for child in leaves if not isinstance(child, _PLAIN)]
+    return bool(linear) and not any(True for child in others for _ in child.parameters())
+
+
+def _width(module: nn.Module) -> int:
+    linear = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
+    return int(linear.in_features if linear is not None else next(module.parameters()).shape[-1])
+
+
+def _sliced(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    forward = type(module).forward.__get__(module)
+
+    def run(hidden: Tensor) -> Tensor:
+        if hidden.shape[-2] <= SLICE:
+            return forward(hidden)  # type: ignore[no-any-return]
+        result = torch.empty_like(hidden)
+        for start in range(0, hidden.shape[-2], SLICE):
+            result[..., start : start + SLICE, :] = forward(hidden[..., start : start + SLICE, :])
+        return result
+
+    return run
+
+
+def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    from autoglm_lab.engine.norm_kernel import rms_norm
+
+    weight: Any = module.weight
+    epsilon = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+
+    def run(hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, weight, epsilon)
+
+    return run
+
+
+@torch.no_grad()
+def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
+    """Whether both give the same for made-up numbers, to the rounding of their dtype."""
+    parameter = next(module.parameters())
+    generator = torch.Generator(device=parameter.device).manual_seed(0)
+    tokens = SLICE + 3 if isinstance(next(module.children(), None), nn.Linear) else 3
+    given = torch.randn(1, tokens, width, generator=generator, device=parameter.device).to(parameter.dtype)
+    try:
+        expected, result = module(given), forward(given)
+    except (RuntimeError, TypeError, AttributeError, ValueError):
+        return False
+    if expected.shape != result.shape or expected.dtype != result.dtype:
+        return False
+    rounding = 4 * torch.finfo(parameter.dtype).eps
+    difference = (expected.float() - result.float()).abs().max()
+    return bool(difference <= rounding * expected.float().abs().max())
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
