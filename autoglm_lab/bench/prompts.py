@@ -18,14 +18,11 @@ def text_of(workbench: Workbench, tokens: int, seed: int) -> str:
     tokenizer = getattr(workbench.processor, "tokenizer", workbench.processor)
     chance = random.Random(seed)
     text = ""
-    while _count(tokenizer, text) < tokens:
-        missing = tokens - _count(tokenizer, text)
-        text += " ".join(chance.choices(_WORDS, k=max(1, missing // 4))) + " "
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if _count(tokenizer, text[:middle]) <= tokens else (low, middle - 1)
-    return text[:low]
+    while (missing := tokens - _count(tokenizer, text)) > 0:
+        text += " ".join(chance.choices(_WORDS, k=max(1, missing // 8))) + " "
+    while text and _count(tokenizer, text) > tokens:
+        text = text[:-1]
+    return text
 
 
 def prompt_of(workbench: Workbench, tokens: int, seed: int) -> str:
