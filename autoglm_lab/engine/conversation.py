@@ -82,4 +82,6 @@ class Conversations:
     def holdings(self) -> Iterable[Row]:
         for one in tuple(self._by_name.values()):
             counts = f"keys and values of {len(one.kv.ids):,} tokens of conversation '{one.name}'"
-            yield Row(f"KV {one.name}", "kv", "device", one.kv.own_nbytes, counts)
+            nbytes = one.kv.own_nbytes
+            # A cache of transformers' own lies in tensors, pages do not.
+            yield Row(f"KV {one.name}", "kv", "device", nbytes, counts, "allocator" if one.kv.paged is None else None)

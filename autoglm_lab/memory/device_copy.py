@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,9 @@ class DeviceCopy:
         self._filled = 0
         self.binding.detach()
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """The dtype of most of the bytes, as ``bfloat16``."""
+        """The dtype of most of the bytes, as ``bfloat16``. The sampler asks for it ten times a second."""
         by_dtype: dict[str, int] = {}
         for view in self.binding.views.values():
             spelled = str(view.dtype).removeprefix("torch.")

@@ -84,7 +84,7 @@ class FeatureStore:
         nbytes, count = self._nbytes, len(self._kept)
         if nbytes:
             counts = f"outputs of the encoders for {count} image(s) and sound(s), kept for when they are seen again"
-            yield Row("encoder outputs", "owner", "device", nbytes, counts)
+            yield Row("encoder outputs", "owner", "device", nbytes, counts, within="allocator")
 
 
 def _nbytes(nbytes: int) -> int:
