@@ -114,7 +114,7 @@ class Workbench:
             raise
         book.register(residency)
         form = PageFormat.of(resolved.config, resolved.dtype, policy.kv.precision)
-        pool = None if form is None else KvPool(form, accelerator, policy.kv.place)
+        pool = None if form is None else KvPool(form, accelerator, policy.kv.place, residency.pinned)
         features = FeatureStore()
         state = EngineState(
             model=resolved.model,
@@ -342,6 +342,7 @@ def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
 def _let_go(state: EngineState) -> None:
     """Free what a workbench held that nobody holds any more."""
     state.sampler.stop()
+    state.features.clear()
     if state.pool is not None:
         state.pool.close()
     state.residency.close()

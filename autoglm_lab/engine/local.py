@@ -300,7 +300,7 @@ class LocalEngine:
         for conversation in state.conversations.idle_by_age():
             evict(state, conversation, "the policy keeps keys and values in another way")
         old.prefixes.obey(kv.model_copy(update={"reuse": False}))
-        state.pool = KvPool(old.form.at(kv.precision), state.accelerator, kv.place)
+        state.pool = KvPool(old.form.at(kv.precision), state.accelerator, kv.place, state.residency.pinned)
         state.conversations.use(state.pool)
         self._book.register(state.pool)
         state.prepare_steps()
@@ -423,6 +423,7 @@ def _close(state: EngineState, book: LedgerBook) -> None:
     book.unregister(state)
     if state.stepper.graphs is not None:
         state.stepper.graphs.clear()
+    state.features.clear()
     if state.pool is not None:
         book.unregister(state.pool)
         state.pool.close()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.memory.slab import HostSlab
 
 _CHUNK = 32 << 20
@@ -16,25 +17,27 @@ _CHUNK = 32 << 20
 class HostPages:
     """Slots of one page each, in chunks of host memory that are taken when needed and given back when empty.
 
-    Chunks are pinned beside a GPU, where that works. Copies to and from a GPU run on a stream of their own, in order:
-    `settle` lets the device's next work wait for those that read pages which are now free.
+    Chunks are pinned beside a GPU, where that is allowed and works. Copies to and from a GPU run on a stream of their
+    own, in order: `settle` lets the device's next work wait for those that read pages which are now free.
 
     Args:
         page_bytes: bytes of a slot.
         device: where the pages come from.
+        pinned: what limits page-locked memory; None: nothing does.
 
     Attributes:
         copied_out, copied_in: bytes that left the device, and came back, since the start.
     """
 
-    def __init__(self, page_bytes: int, device: torch.device) -> None:
-        self._page_bytes, self._cuda = page_bytes, device.type == "cuda"
+    def __init__(self, page_bytes: int, device: torch.device, pinned: PinnedBudget | None = None) -> None:
+        self._page_bytes, self._device, self._cuda = page_bytes, device, device.type == "cuda"
+        self._pinned = pinned
         self._per_chunk = max(1, _CHUNK // page_bytes)
         self._chunks: dict[int, HostSlab] = {}
         self._bytes: dict[int, Tensor] = {}
         self._used: dict[int, int] = {}
         self._free: list[int] = []
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream: torch.cuda.Stream | None = None
         self._reading: torch.cuda.Event | None = None
         self.copied_out = self.copied_in = 0
 
@@ -83,13 +86,13 @@ class HostPages:
                 page.copy_(self._slot(slot), non_blocking=True)
         event = self._mark()
         if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+            torch.cuda.current_stream(self._device).wait_event(event)
         self.copied_in += len(slots) * self._page_bytes
 
     def settle(self) -> None:
         """Let the device's next work wait until pages that were saved have been read: they may be written then."""
         if self._reading is not None:
-            torch.cuda.current_stream().wait_event(self._reading)
+            torch.cuda.current_stream(self._device).wait_event(self._reading)
             self._reading = None
 
     def trim(self) -> None:
@@ -104,13 +107,18 @@ class HostPages:
 
     def _grow(self) -> bool:
         chunk = next(number for number in range(len(self._chunks) + 1) if number not in self._chunks)
-        slab = HostSlab(self._per_chunk * self._page_bytes, pin=self._cuda)
+        slab = HostSlab(self._per_chunk * self._page_bytes, pin=self._cuda, budget=self._pinned)
         try:
             region = slab.commit()
         except (OSError, MemoryError):
             return False
         if self._cuda:
-            region.zero_()  # locking untouched pages is slower
+            try:
+                slab.touch()  # locking untouched pages is slower
+            except MemoryError:
+                del region
+                slab.close()
+                return False
             slab.pin()
         self._chunks[chunk], self._bytes[chunk], self._used[chunk] = slab, region, 0
         first = chunk * self._per_chunk
@@ -132,8 +140,9 @@ class HostPages:
         return self._bytes[slot // self._per_chunk][start : start + self._page_bytes]
 
     def _after_the_device(self) -> torch.cuda.StreamContext:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+        if self._cuda:
+            self._stream = self._stream or torch.cuda.Stream(self._device)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         return torch.cuda.stream(self._stream)
 
     def _mark(self) -> torch.cuda.Event | None:

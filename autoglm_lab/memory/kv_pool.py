@@ -21,6 +21,7 @@ from autoglm_lab.memory.host_pages import HostPages
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat, PageStore
 from autoglm_lab.memory.page_region import CudaPageRegion, HostPageRegion, PageRegion, PinnedPageRegion
+from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.memory.prefix_store import PrefixStore
 
 
@@ -31,13 +32,20 @@ class KvPool:
         form: what a page holds.
         place: ``host`` puts the pages of a GPU's model into pinned host memory, which the GPU reads from there; on a
             CPU machine the device is the host.
+        pinned: what limits page-locked memory for prefixes that leave the device; None: nothing does.
 
     Attributes:
         store: the pages as tensors.
         prefixes: pages that several hold, or that are kept when nobody holds them.
     """
 
-    def __init__(self, form: PageFormat, accelerator: Accelerator, place: Literal["device", "host"] = "device") -> None:
+    def __init__(
+        self,
+        form: PageFormat,
+        accelerator: Accelerator,
+        place: Literal["device", "host"] = "device",
+        pinned: PinnedBudget | None = None,
+    ) -> None:
         self.form, self._accelerator = form, accelerator
         self._device = accelerator.device
         self.place: Literal["device", "host"] = place if accelerator.kind == "cuda" else "device"
@@ -51,7 +59,8 @@ class KvPool:
         self._users: dict[int, int] = {}
         self._holders: dict[int, int] = {}
         second = accelerator.kind == "cuda" and self.place == "device"
-        self.prefixes = PrefixStore(self, HostPages(form.nbytes, self._device) if second else None, PAGE_TOKENS)
+        host = HostPages(form.nbytes, self._device, pinned) if second else None
+        self.prefixes = PrefixStore(self, host, PAGE_TOKENS)
         self._closed = False
         self.store = PageStore(form, region.bytes[: pages * self._stride], self._stride)
 
