@@ -236,8 +236,7 @@ class ModuleResidency:
         return [*remedies, "load with dtype='bfloat16'"] if self.dtype == "float32" else remedies
 
     def _end_wake(self, arrival: Arrival | None, start: float, why: str, kind: EventKind) -> Event:
-        end = time.perf_counter() if arrival is None else arrival.wait()
-        return self._tell(kind, self._device.slab.size, end - start, why)
+        return self._tell(kind, self._device.slab.size, self._mover.end(arrival) - start, why)
 
     # how a park ends
 

@@ -34,11 +34,9 @@ class Arrival:
     begun: torch.cuda.Event | None = None
 
     def wait(self) -> float:
-        """Wait for the last byte. Returns the time of it on `time.perf_counter`'s clock."""
+        """Wait for the last byte. Returns the seconds that the copy took; 0 where the bytes came otherwise."""
         self.done.synchronize()
-        if self.begun is None:
-            return time.perf_counter()
-        return self.issued + float(self.begun.elapsed_time(self.done)) / 1000
+        return 0.0 if self.begun is None else float(self.begun.elapsed_time(self.done)) / 1000
 
 
 class Mover:
@@ -49,11 +47,13 @@ class Mover:
 
     Attributes:
         background: whether jobs run on a thread of their own.
+        copied: seconds that the last copy to the device took by its own clock; 0 before the first.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.background = device.type == "cuda"
+        self.copied = 0.0
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -127,6 +127,16 @@ class Mover:
         done = torch.cuda.Event(blocking=True)
         done.record(self._down)
         done.synchronize()
+
+    def end(self, arrival: Arrival | None) -> float:
+        """Wait until weights are there. Returns when that was, on `time.perf_counter`'s clock. Only jobs call it."""
+        if arrival is None:
+            return time.perf_counter()
+        seconds = arrival.wait()
+        if not seconds:
+            return time.perf_counter()
+        self.copied = seconds
+        return arrival.issued + seconds
 
     def wait(self, events: Iterable[torch.cuda.Event]) -> None:
         """Wait until the device has passed ``events``."""

@@ -43,6 +43,7 @@ class Residency(Mapping[str, ModuleResidency]):
 
     Attributes:
         pinned: page-locked host bytes of this model's copies, and how many the policy allows.
+        mover: ends the moves.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Residency(Mapping[str, ModuleResidency]):
         self._folder: Path | None = None
         self._closed = False
         self.pinned = PinnedBudget(_pinned_limit(self.policy))
-        self._mover = Mover(accelerator.device)
+        self.mover = Mover(accelerator.device)
         _realise(resolved.model, accelerator)
         self.specs = anatomy(resolved.model)
         self._modules = {
@@ -71,7 +72,7 @@ class Residency(Mapping[str, ModuleResidency]):
                 {name: resolved.sources[name] for name in spec.tensors},
                 accelerator,
                 self,
-                self._mover,
+                self.mover,
                 self.pinned,
             )
             for spec in self.specs
@@ -240,7 +241,7 @@ class Residency(Mapping[str, ModuleResidency]):
 
     def settle(self) -> None:
         """Wait until every move that was begun has ended."""
-        self._mover.drain()
+        self.mover.drain()
 
     def spill_path(self, name: str) -> Path:
         """A file for a module's weights in a folder of this process alone, removed when closed."""
