@@ -90,12 +90,13 @@ class Bench:
         return None if self.small else bool(meets)
 
     def reset(self) -> None:
-        """Bring the model back to the default policy, every module on the device, no conversation kept."""
+        """Bring the model back to the default policy, every module on the device, nothing kept."""
         wb = self._workbench
         if wb is not None:
-            wb.policy = MemoryPolicy()
             for conversation in wb.conversations:
                 wb.drop(conversation.name)
+            wb.policy = MemoryPolicy(kv={"prefix_bytes": 0, "prefix_host_bytes": 0, "encoder_bytes": 0})
+            wb.policy = MemoryPolicy()
             for module in wb.modules:
                 wb.modules[module].wake()
             wb.reclaim()
