@@ -7,6 +7,7 @@ parked and woken.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,7 @@ class DecodeGraphs:
         context_tokens: most tokens of a conversation.
         meanwhile: called again and again while the device computes.
         told: called with a text and seconds when a graph was captured, or could not be.
+        growth: counts what the driver takes meanwhile under a name.
     """
 
     def __init__(
@@ -61,13 +63,14 @@ class DecodeGraphs:
         context_tokens: int | None = None,
         meanwhile: Callable[[], None] | None = None,
         told: Callable[[str, float], None] | None = None,
+        growth: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         device: torch.device = model.device
         self.usable = device.type == "cuda" and bool(decoder_configs(model)) and paged_kernels.available(pool)
         self._ahead = CompileAhead(model, pool) if self.usable else None
         self._model, self._pool, self._planes = model, pool, planes
         self._width = -(-(context_tokens or 65_536) // PAGE_TOKENS)
-        self._meanwhile, self._told = meanwhile, told
+        self._meanwhile, self._told, self._growth = meanwhile, told, growth
         self._configs = decoder_configs(model)
         self._lean = LeanForward(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
@@ -112,6 +115,12 @@ class DecodeGraphs:
         for sequence in sequences:
             sequence.tokens += 1
         return graph.logits[: len(sequences)].float()
+
+    def wait_for_kernels(self) -> None:
+        """Until the kernels that a step needs are compiled."""
+        if self._ahead is not None:
+            with self._growth("kernels"):
+                self._ahead.wait()
 
     def clear(self) -> None:
         """Forget every graph; their memory is the allocator's again."""
@@ -159,10 +168,10 @@ class DecodeGraphs:
 
     def _captured(self, size: int) -> _Graph | None:
         start = time.perf_counter()
-        if self._ahead is not None:
-            self._ahead.wait()
+        self.wait_for_kernels()
         try:
-            graph = self._capture(size)
+            with self._growth("decode graphs"):
+                graph = self._capture(size)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

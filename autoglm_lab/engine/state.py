@@ -100,6 +100,7 @@ class EngineState:
                 context_tokens=self.context_tokens,
                 meanwhile=self._serve,
                 told=self._note_graph,
+                growth=self.accelerator.growth,
             )
         self.stepper = Stepper(self.model, encoder=old.encoder, graphs=graphs)
 
@@ -114,6 +115,12 @@ class EngineState:
         self.features.clear()
         if self.pool is not None:
             self.pool.prefixes.free()
+
+    def warm_up(self) -> None:
+        """What the first step would wait for; on the thread that runs the steps."""
+        self.accelerator.warm_up()
+        if self.stepper.graphs is not None:
+            self.stepper.graphs.wait_for_kernels()
 
     def _serve(self) -> None:
         self.meanwhile()
