@@ -10,8 +10,8 @@ USABLE: dict[int, int] = {
     16: round(15.6 * GiB),
     24: round(23.6 * GiB),
 }
-"""Bytes that CUDA offers, by the nominal size in GiB: the least that torch's own messages name in public reports of such
-cards under Linux (RTX 4060, RTX 3060, RTX A4000, RTX 3090 and 4090), rounded down. The context still comes off that."""
+"""Bytes that CUDA offers, by the nominal size in GiB: the least that torch's own messages name in public reports of
+such cards under Linux (RTX 4060, RTX 3060, RTX A4000, RTX 3090 and 4090), rounded down. The context still comes off."""
 
 
 def card_budget(gib: int) -> int:
