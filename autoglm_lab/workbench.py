@@ -24,6 +24,7 @@ from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.feature_store import FeatureStore
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
+from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.page_format import PageFormat
 from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.reclaim import Reclaimer
@@ -292,12 +293,16 @@ class Module:
     def info(self) -> ModuleInfo:
         return next(info for info in self._engine.modules() if info.name == self.name)
 
-    def park(self, place: Literal["auto", "host", "disk"] = "auto") -> Event:
-        """Move it off the device; ``auto``: to pinned host memory beside a GPU, else to disk."""
+    def park(self, place: Literal["auto", "host", "disk"] = "auto") -> Move:
+        """Move it off the device; ``auto``: to pinned host memory beside a GPU, else to disk.
+
+        Beside a GPU this returns at once. What it returns shows as the event that the move ends with; showing it, or
+        `Move.result`, waits for the end and raises what went wrong.
+        """
         return self._engine.park(self.name, place)
 
-    def wake(self) -> Event:
-        """Move it onto the device."""
+    def wake(self) -> Move:
+        """Move it onto the device. Beside a GPU this returns while the weights come: what uses them waits for them."""
         return self._engine.wake(self.name)
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
+from autoglm_lab.engine.errands import Errands
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
@@ -33,6 +34,7 @@ from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
+from autoglm_lab.memory.move import Move
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
 
 Result = TypeVar("Result")
@@ -56,6 +58,8 @@ class LocalEngine:
         self._ticked = 0.0
         self._closed = False
         self._gate = threading.Lock()
+        self._errands = Errands(state)
+        state.meanwhile = self._errands.serve_meanwhile
         self._old_pools: list[KvPool] = []
         book.register(state)
         book.register(state.conversations)
@@ -154,13 +158,23 @@ class LocalEngine:
         check_modules(policy, self._state.residency)
         self._call(lambda: self._apply(policy))
 
-    def park(self, module: str, place: Literal["auto", "host", "disk"] = "auto") -> Event:
-        """Move a module off the device. A request that needs it wakes it, unless the policy keeps it off."""
-        self._known(module)
-        return self._call(lambda: self._state.residency[module].park(place, why="asked"))
+    def park(self, module: str, place: Literal["auto", "host", "disk"] = "auto") -> Move:
+        """Move a module off the device. A request that needs it wakes it, unless the policy keeps it off.
 
-    def wake(self, module: str) -> Event:
-        """Move a module onto the device."""
+        Beside a GPU this returns at once, also while another turn decodes. What goes wrong later is raised by the
+        move's `result`, and told as an event.
+        """
+        self._known(module)
+        residency = self._state.residency[module]
+        residency.target(place)
+        if self._state.accelerator.kind == "cpu":
+            return self._call(lambda: residency.park(place, why="asked"))
+        move = self._errands.ask(module, place)
+        self._post(self._errands.serve)
+        return move
+
+    def wake(self, module: str) -> Move:
+        """Move a module onto the device. What the device does from now on waits for it; nobody else needs to."""
         self._known(module)
         return self._call(lambda: self._state.residency[module].wake(why="asked"))
 
@@ -199,6 +213,7 @@ class LocalEngine:
             self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=30)
+        self._errands.close()
         _close(self._state, self._book)
 
     # between threads
@@ -222,6 +237,7 @@ class LocalEngine:
 
     def work(self) -> None:
         """One round of the turns under way, and what is due."""
+        self._errands.mark()
         self._turns.round()
         now = time.monotonic()
         if now - self._ticked >= _TICK:

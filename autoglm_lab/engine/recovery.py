@@ -56,6 +56,7 @@ def free_all(state: EngineState, own: Conversation | None, why: str = "memory ra
         on_demand = state.policy.module(name).residency == "on-demand"
         if on_demand and module.place == "device" and name not in state.in_use:
             module.park(state.policy.module(name).park_to, why)
+    state.residency.settle()
     state.reclaim(why)
 
 

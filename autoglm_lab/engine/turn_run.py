@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from collections.abc import Generator
@@ -13,12 +14,13 @@ from autoglm_lab.engine.answer import AnswerReader
 from autoglm_lab.engine.chooser import Chooser
 from autoglm_lab.engine.conversation import Conversation
 from autoglm_lab.engine.live import LiveSound
-from autoglm_lab.engine.messages import Message, TextPart
+from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media
 from autoglm_lab.engine.prompt import Prompt, render
 from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timings, Turn, Usage
 from autoglm_lab.engine.recovery import recovering
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.errors import ContextLimitError, LabError
+from autoglm_lab.errors import ContextLimitError, LabError, OutOfMemoryError
+from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.peak import PhasePeaks
 from autoglm_lab.policy import GenerationPolicy, KvPolicy
 
@@ -56,6 +58,7 @@ class TurnRun:
         self._state = state
         self._submitted = time.monotonic()
         self._first_token: float | None = None
+        self._moves: list[Move] = []
         self.peaks = PhasePeaks()
 
     def start_clock(self) -> None:
@@ -87,6 +90,7 @@ class TurnRun:
         reuse = state.policy.kv.reuse
         if not reuse:
             conversation.kv.clear()
+        self._wake_early()
         history, prompt, limit = self._fit()
         start = recovering(state, "prefill", conversation, lambda: conversation.kv.begin(prompt, share=reuse))
         self._wake(prompt, start)
@@ -103,6 +107,7 @@ class TurnRun:
         reason: FinishReason = "length"
         while True:
             token = chooser.choose(logits)
+            self._tell_moves()
             count += 1
             self._first_token = self._first_token or time.monotonic()
             if token in eos:
@@ -181,9 +186,30 @@ class TurnRun:
         why = f"a turn of '{self.conversation.name}'"
         state.in_use = frozenset(needs)
         state.enter("load", self.peaks)
-        events = recovering(state, "load", self.conversation, lambda: state.residency.ensure(needs, why))
-        for event in events:
-            self._tell(event)
+        self._moves += recovering(state, "load", self.conversation, lambda: state.residency.ensure(needs, why))
+
+    def _wake_early(self) -> None:
+        """Let the encoders of this turn's own media come while those are decoded, resized and cut into patches.
+
+        Whether their output is kept from an earlier turn is not known yet: then the wake was not needed, and the module
+        goes again after its ``keep_alive``. Where a wake cannot go on beside other work nothing is gained.
+        """
+        state = self._state
+        sounds = [sound for sound in media(self.messages, AudioPart) if sound.digest not in self.live]
+        needs = ["vision"] * bool(media(self.messages, ImagePart)) + ["audio"] * bool(sounds)
+        absent = [name for name in needs if name in state.residency and state.residency[name].at != "device"]
+        if not absent or state.accelerator.kind == "cpu":
+            return
+        state.in_use = frozenset(absent)
+        # Where there is no room for it now, `_wake` makes some.
+        with contextlib.suppress(OutOfMemoryError):
+            self._moves += state.residency.ensure(absent, f"a turn of '{self.conversation.name}'")
+
+    def _tell_moves(self) -> None:
+        """Add the moves that this turn began to its events; they have ended when the first token is there."""
+        for move in self._moves:
+            self._tell(move.result())
+        self._moves = []
 
     def _tell(self, event: Any) -> None:
         self.turn.emit(MemoryEvent(event))
