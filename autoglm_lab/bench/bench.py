@@ -98,7 +98,7 @@ class Bench:
             wb.policy = MemoryPolicy(kv={"prefix_bytes": 0, "prefix_host_bytes": 0, "encoder_bytes": 0})
             wb.policy = MemoryPolicy()
             for module in wb.modules:
-                wb.modules[module].wake()
+                wb.modules[module].wake().result()
             wb.reclaim()
         if self._exact is not None:
             self._exact.close()

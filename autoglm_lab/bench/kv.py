@@ -57,7 +57,7 @@ def _decoding(bench: Bench, wb: Workbench) -> list[Figure]:
             for graphs in (False, True) if bench.cuda else (True,):
                 wb.policy = wb.policy.replace(kv={"graphs": graphs})
                 _decode(wb, prompts[:rows], 4)  # captures, where there is something to capture
-                rates[graphs] = _decode(wb, prompts[:rows], count)
+                rates[graphs] = _decode(wb, prompts[:rows], count if graphs else theirs)
             if False in rates:
                 peers["ours, no graphs"] = rates[False]
             ours = rates[True]

@@ -91,7 +91,7 @@ def _extent(bench: Bench) -> tuple[float, int | None]:
 def _warm_up(wb: Workbench, scale: Scale) -> None:
     """Every kind of request, alone and four at once: kernels, captured steps and libraries are there afterwards."""
     for module in wb.modules:
-        wb.modules[module].park()
+        wb.modules[module].park().result()
     wb.chat("what is on it?", image=screen(0, scale.tallest * 9 // 20, scale.tallest), max_new_tokens=4).result(300)
     wb.chat(text_of(wb, scale.long, seed=1), max_new_tokens=4).result(300)
     for count in range(1, IN_FLIGHT + 1):
@@ -108,7 +108,7 @@ def _at_rest(wb: Workbench) -> Ledger:
         wb.drop(info.name)
     wb.policy = policy.replace(kv={"prefix_bytes": 0, "prefix_host_bytes": 0, "encoder_bytes": 0})
     for module in wb.modules:
-        wb.modules[module].wake()
+        wb.modules[module].wake().result()
     wb.reclaim()
     ledger = wb.memory
     wb.policy = policy

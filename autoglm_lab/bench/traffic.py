@@ -11,6 +11,7 @@ from typing import Any
 from autoglm_lab.bench.prompts import said, screen, text_of, user
 from autoglm_lab.engine.protocol import Answer, MemoryEvent, Turn
 from autoglm_lab.errors import LabError
+from autoglm_lab.memory.move import Move
 from autoglm_lab.workbench import Workbench
 
 _CONVERSATIONS = 8
@@ -73,12 +74,14 @@ class Traffic:
         self._wb, self._scale, self._chance = workbench, scale, random.Random(seed)
         self._dialogues: dict[str, list[dict[str, Any]]] = {}
         self._flying: list[_Flight] = []
+        self._moves: list[Move] = []
 
     def request(self) -> None:
         """Ask something; at times park a module before, forget a conversation, or stop the answer in mid-stream."""
         chance, wb = self._chance, self._wb
         if chance.random() < 0.15:
-            self._guarded("parked", wb.modules[chance.choice(list(wb.modules))].park)
+            module = wb.modules[chance.choice(list(wb.modules))]
+            self._guarded("parks asked for", lambda: self._moves.append(module.park()))
         busy = {flight.conversation for flight in self._flying}
         names = [f"soak {number}" for number in range(_CONVERSATIONS)]
         name = chance.choice([one for one in names if one not in busy])
@@ -109,6 +112,8 @@ class Traffic:
             else:
                 self.outcomes[answer.finish_reason] += 1
                 self._keep(flight, answer)
+        while self._moves and (self._moves[0].done or not left):
+            self._guarded("parked", self._moves.pop(0).result)
 
     def _keep(self, flight: _Flight, answer: Answer) -> None:
         name = flight.conversation
