@@ -24,7 +24,7 @@ _NEAR = 4 << 20
 
 
 def run(bench: Bench) -> Report:
-    """The ledger after loading, moves and turns; a hidden tensor; the time of a reading; decoding with sampling and not."""
+    """What has no owner after loading, moves, turns; a hidden tensor; the time of a reading; the cost of sampling."""
     wb = bench.workbench
     wb.policy = wb.policy.replace(reclaim={"every_answers": None, "cached_share": None}, generation={"eos": False})
     figures = [*_closing(bench, wb), _hidden(bench, wb), *_reading(bench, wb)]
