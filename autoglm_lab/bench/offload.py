@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ class Plain(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.tensors[0].device
+        return next(self.parameters()).device
 
     def get_memory_footprint(self) -> int:
         return sum(one.nbytes for one in self.tensors)
@@ -91,9 +92,7 @@ def _accelerate(like: Mapping[str, Tensor], device: torch.device) -> Offload:
 def _diffusers(like: Mapping[str, Tensor], device: torch.device) -> Offload:
     """One module goes when another of its size comes: the manager parks nothing by itself."""
     with _quiet():
-        from diffusers import ComponentsManager
-
-        manager: Any = ComponentsManager()
+        manager: Any = importlib.import_module("diffusers").ComponentsManager()
         one, other = Plain(like), Plain(like)
         manager.add("one", one)
         manager.add("other", other)
