@@ -44,7 +44,7 @@ class HostPages:
     @property
     def used(self) -> int:
         """Slots in use."""
-        return sum(self._used.values())
+        return sum(tuple(self._used.values()))
 
     @property
     def nbytes(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,34 +31,55 @@ def page_keys(
     keys = list(known)
     first = len(keys) * page_tokens
     flat = np.asarray(ids[first:], dtype=np.int64)
-    grouped = np.full(len(flat), -1, dtype=np.int64) if blocks is None else np.asarray(blocks[first:], dtype=np.int64)
-    ends = _block_ends(grouped)
-    tokens, groups = flat.tobytes(), grouped.tobytes()
-    waiting = sorted((start - first, length, content) for start, length, content in media)
-    before = keys[-1] if keys else b""
+    dialogue = _Span(
+        flat.tobytes(), tuple(sorted((start - first, length, content) for start, length, content in media))
+    )
+    grouped = None if blocks is None else np.asarray(blocks[first:], dtype=np.int64)
+    within = _blocks_of(grouped)
+    before, whole = keys[-1] if keys else b"", {(0, 0): b""}
     for start in range(0, len(flat) - page_tokens + 1, page_tokens):
-        reach = int(ends[start + page_tokens - 1])
+        end = start + page_tokens
         digest = hashlib.sha256(before)
-        digest.update(tokens[8 * start : 8 * reach])
-        if blocks is not None:
-            digest.update(groups[8 * start : 8 * reach])
-        while waiting and waiting[0][0] + waiting[0][1] <= start:
-            waiting.pop(0)
-        for at, length, content in waiting:
-            if at >= reach:
-                break
-            digest.update(f"{at - start}+{length}:{content};".encode())
+        dialogue.feed(digest, start, end)
+        if grouped is not None:
+            digest.update(grouped[start:end].tobytes())
+        block = within(end - 1)
+        if block[1] > end:
+            if block not in whole:
+                content = hashlib.sha256()
+                dialogue.feed(content, *block)
+                whole[block] = content.digest()
+            digest.update(whole[block])
         before = digest.digest()
         keys.append(before)
     return keys
 
 
-def _block_ends(grouped: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """For each token, the end of what it sees at least: of its block where it is in one, else itself."""
-    places = np.arange(len(grouped))
-    if not len(grouped):
-        return places
-    last = np.append(grouped[1:] != grouped[:-1], True)
-    stops = np.flatnonzero(last) + 1
-    ends = stops[np.searchsorted(stops, places, side="right")]
-    return np.where(grouped == -1, places + 1, ends)
+class _Span:
+    """What is read: tokens as bytes, and the media behind some of them by start."""
+
+    def __init__(self, tokens: bytes, media: tuple[tuple[int, int, str], ...]) -> None:
+        self._tokens, self._media = tokens, media
+        self._ends = [start + length for start, length, _ in media]
+
+    def feed(self, digest: Any, start: int, end: int) -> None:
+        """Add the tokens from ``start`` to ``end``, and the media that stand there."""
+        digest.update(self._tokens[8 * start : 8 * end])
+        for at, length, content in self._media[bisect.bisect_right(self._ends, start) :]:
+            if at >= end:
+                break
+            digest.update(f"{at - start}+{length}:{content};".encode())
+
+
+def _blocks_of(grouped: np.ndarray[Any, np.dtype[np.int64]] | None) -> Callable[[int], tuple[int, int]]:
+    """Where the bidirectional block of a token begins and ends; ``(0, 0)`` for one that is in none."""
+    if grouped is None or not len(grouped):
+        return lambda _: (0, 0)
+    starts = np.flatnonzero(np.append(True, grouped[1:] != grouped[:-1]))
+    stops = [*starts[1:].tolist(), len(grouped)]
+
+    def block(token: int) -> tuple[int, int]:
+        number = int(np.searchsorted(starts, token, side="right")) - 1
+        return (0, 0) if grouped[token] == -1 else (int(starts[number]), stops[number])
+
+    return block

@@ -17,7 +17,7 @@ from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
-from autoglm_lab.memory.page_keys import page_keys
+from autoglm_lab.policy import KvPolicy
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -171,22 +171,38 @@ def test_a_page_that_was_cut_and_written_is_not_found_by_its_old_key(model: Any)
     torch.testing.assert_close(logits, plain_logits(model, second.ids), atol=1e-5, rtol=1e-4)
 
 
-def test_a_page_inside_a_block_is_shared_only_with_the_rest_of_the_block() -> None:
-    ids, blocks = list(range(1, 41)), [-1, *[0] * 35, *[-1] * 4]
-    keys = page_keys(ids, blocks, (), PAGE_TOKENS)
-    other = page_keys([*ids[:34], 99, *ids[35:]], blocks, (), PAGE_TOKENS)
-    after = page_keys([*ids[:37], 99, *ids[38:]], blocks, (), PAGE_TOKENS)
-    assert len(keys) == 2
-    assert keys[0] != other[0]
-    assert keys == after
-    assert page_keys(ids, None, (), PAGE_TOKENS) == page_keys([*ids[:34], 99], None, (), PAGE_TOKENS)
+def test_what_was_cut_off_is_found_again_where_prefixes_are_kept(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    pool.prefixes.obey(KvPolicy())
+    (common,) = prompts([48])
+    state = KvState(pool)
+    ask(stepper, state, [*common.ids, 5])
+    start, logits = ask(stepper, state, [*common.ids[:20], *[77] * 20])
+    assert start == 20
+    torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
+    start, logits = ask(stepper, state, [*common.ids, 6])
+    assert start == 48
+    torch.testing.assert_close(logits, plain_logits(model, state.ids), atol=1e-5, rtol=1e-4)
+    state.clear()
+    assert pool.prefixes.nbytes == pool.used_pages * pool.page_bytes
+    pool.prefixes.obey(KvPolicy(reuse=False))
+    assert pool.used_pages == 0
 
 
-def test_pages_with_another_picture_are_not_shared() -> None:
-    ids = [7] * 32
-    one, same, other = (page_keys(ids, None, [(4, 20, digest)], PAGE_TOKENS) for digest in ("a", "a", "b"))
-    assert one == same
-    assert not set(one) & set(other)
+def test_a_window_that_forgets_takes_its_pages_out_of_the_store(model: Any) -> None:
+    stepper, pool = Stepper(model), pool_for(model)
+    pool.prefixes.obey(KvPolicy())
+    (question,) = prompts([96])
+    state = KvState(pool)
+    ask(stepper, state, list(question.ids))
+    state.window = (96, 16)
+    stepper.decode([state], [3])
+    assert state.forgotten == (16, 32)
+    assert pool.prefixes.nbytes == 0
+    other = KvState(pool)
+    start, logits = ask(stepper, other, [*question.ids, 4])
+    assert start == 16
+    torch.testing.assert_close(logits, plain_logits(model, other.ids), atol=1e-5, rtol=1e-4)
 
 
 def test_memory_of_a_forgotten_conversation_goes_back_to_the_system() -> None:

@@ -15,6 +15,7 @@ from autoglm_lab.errors import ContextLimitError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.page_format import PageFormat, Precision
+from autoglm_lab.policy import KvPolicy
 
 IMAGE = 120
 
@@ -118,6 +119,25 @@ def test_conversations_with_images_of_one_model_do_not_disturb_each_other(glm4v:
         answers = [(*answer, token) for answer, token in zip(answers, given, strict=True)]
         for prompt, answer, logits in zip(asked, answers, stepper.decode(states, given), strict=True):
             torch.testing.assert_close(logits, stock(glm4v, prompt, answer), atol=1e-5, rtol=1e-4)
+
+
+def test_a_kept_prefix_with_an_image_is_found_by_the_image_too(glm4v: Any) -> None:
+    pool, stepper = pool_for(glm4v), Stepper(glm4v)
+    pool.prefixes.obey(KvPolicy())
+    first, other = pictured(20, 40), pictured(20, 40, seed=4)
+    other = Prompt(first.ids, None, other.runs, other.inputs)  # the same tokens, another picture
+    state = KvState(pool)
+    stepper.prefill(state, first, 0)
+    state.clear()
+    for prompt, reused in [(other, 16), (first, 64), (other, 64)]:
+        state = KvState(pool)
+        start = state.begin(prompt)
+        assert start == reused
+        logits = stepper.prefill(state, prompt, start)
+        torch.testing.assert_close(logits, stock(glm4v, prompt), atol=1e-5, rtol=1e-4)
+        (logits,) = stepper.decode([state], [7])
+        torch.testing.assert_close(logits, stock(glm4v, prompt, (7,)), atol=1e-5, rtol=1e-4)
+        state.clear()
 
 
 def test_an_image_that_was_read_is_not_read_again(glm4v: Any) -> None:
