@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 from autoglm_lab.memory.events import Event
@@ -100,6 +101,8 @@ class Sampler:
         """Take one sample now, beside those of the thread."""
         ledger = self._read()
         with self._lock:
+            if self._samples:
+                ledger = _sharing(ledger, self._samples[-1])
             self._samples.append(ledger)
             listeners = self._listeners
         for listener in listeners:
@@ -140,3 +143,9 @@ class Sampler:
     def __exit__(self, *exception: object) -> None:
         with contextlib.suppress(RuntimeError):
             self.stop()
+
+
+def _sharing(ledger: Ledger, before: Ledger) -> Ledger:
+    """The ledger with the row objects of the one before where they are equal: most are, and thousands are kept."""
+    known = {row: row for row in before.rows}
+    return replace(ledger, rows=tuple(known.get(row, row) for row in ledger.rows))

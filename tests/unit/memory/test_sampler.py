@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.memory.ledger import Ledger, Row
 from autoglm_lab.memory.sampler import Sampler
 
 
@@ -51,6 +51,23 @@ def test_rings_are_bounded() -> None:
         sampler.record(Event(count, "note", "x"))
     assert len(sampler.events()) == 2000
     assert sampler.events()[-1].time == 4999
+
+
+def test_rows_that_stay_the_same_are_kept_once() -> None:
+    moments = iter(range(3))
+
+    def read() -> Ledger:
+        moment = next(moments)
+        rows = (Row("text", "weights", "device", 50, "its " + "weights"), Row("KV", "kv", "device", moment))
+        return Ledger("device", 100, 50, rows, float(moment))
+
+    sampler = Sampler(read)
+    for _ in range(3):
+        sampler.sample()
+    first, _, last = sampler.samples()
+    assert last.rows[0] is first.rows[0]
+    assert [ledger.rows[1].nbytes for ledger in sampler.samples()] == [0, 1, 2]
+    assert [ledger.time for ledger in sampler.samples()] == [0.0, 1.0, 2.0]
 
 
 def test_a_failing_read_is_noted_once_and_survived() -> None:
