@@ -80,7 +80,9 @@ def run(bench: Bench) -> Report:
 
 
 def read(wb: Workbench, text: str) -> Answer:
-    """Read a prompt into the conversation of the bench; without reuse in the policy, anew."""
+    """Read a prompt into the conversation of the bench, begun anew."""
+    if any(info.name == "bench" for info in wb.conversations):
+        wb.drop("bench")
     return wb.chat(text, conversation="bench").result(600)
 
 

@@ -44,8 +44,9 @@ def run(bench: Bench) -> Report:
         wb.drop(info.name)
     bench.say("the same, read anew")
     wb.policy = wb.policy.replace(kv={"reuse": False})
-    anew = median(_first(_ask(wb, "anew", prompt_of(wb, kept, seed=seed))) for seed in range(3))
-    wb.drop("anew")
+    anew = median(_first(_ask(wb, f"anew {seed}", prompt_of(wb, kept, seed=seed))) for seed in range(3))
+    for info in wb.conversations:
+        wb.drop(info.name)
     equal, asked = _equal(bench.exact)
     peers = {"the bare forward": bare, "read anew": anew}
     bar = f"<= {_SLOWER} x the bare forward"
