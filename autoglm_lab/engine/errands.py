@@ -8,7 +8,7 @@ from collections import deque
 import torch
 
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.errors import EngineClosedError, LabError
+from autoglm_lab.errors import EngineClosedError
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.module_residency import ParkPlace
 from autoglm_lab.memory.move import Move
@@ -55,6 +55,6 @@ class Errands:
     def _park(self, module: str, place: ParkPlace, move: Move, after: torch.cuda.Event | None) -> None:
         try:
             move.follow(self._state.residency[module].park(place, "asked", after=after))
-        except LabError as error:
+        except Exception as error:  # noqa: BLE001 - whoever asks for the result gets it
             self._state.event_of(Event(time.time(), "note", module, why=f"not parked: {error}"))
             move.fail(error)
