@@ -64,6 +64,21 @@ function chatMessages(ui, open) {
     if (f.finish !== "stop") parts.push(ui.t(`finish ${f.finish}`));
     return parts.join(" · ");
   }
+  // What each phase held beyond what stood when it began, and how far the process got in it.
+  function phaseLine(phases) {
+    const parts = phases.map((one) => {
+      const phase = ui.t(`phase ${one.phase}`),
+        work = formatBytes(one.work),
+        peak = formatBytes(one.peak);
+      return h(
+        "span",
+        { title: ui.t("took hint", { phase, work, peak }) },
+        `${phase} +${work}`,
+        h("span", { class: "algm-peak" }, ` → ${peak}`),
+      );
+    });
+    return h("div", { class: "algm-figures algm-phases" }, parts);
+  }
   function thought(message) {
     if (!message.reasoning) return null;
     const title =
@@ -116,6 +131,7 @@ function chatMessages(ui, open) {
       target,
       message.events?.length ? h("div", { class: "algm-figures" }, message.events.join(" · ")) : null,
       message.figures ? h("div", { class: "algm-figures" }, figureLine(message.figures)) : null,
+      message.figures?.phases?.length ? phaseLine(message.figures.phases) : null,
     );
   }
 

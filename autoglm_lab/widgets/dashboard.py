@@ -16,6 +16,7 @@ from autoglm_lab.widgets import still
 from autoglm_lab.widgets.budget_panel import BudgetPanel
 from autoglm_lab.widgets.chat_panel import ChatPanel
 from autoglm_lab.widgets.device_bar import DeviceBar
+from autoglm_lab.widgets.events_panel import EventsPanel
 from autoglm_lab.widgets.export_panel import ExportPanel
 from autoglm_lab.widgets.header import Header
 from autoglm_lab.widgets.kv_panel import KvPanel
@@ -66,12 +67,13 @@ class Dashboard:
         self.budget = BudgetPanel(self, lang=lang)
         self.live_plot = LivePlot(self, lang=lang)
         self.chat = ChatPanel(self, lang=lang)
+        self.events = EventsPanel(self, lang=lang)
         self.export = ExportPanel(self, lang=lang)
         self.header.still = secrets.token_hex(4)
         self.widget = _arrange(
             wide=[self.header, self.device_bar],
             left=[self.modules, self.kv, self.budget, self.export],
-            right=[self.live_plot, self.chat],
+            right=[self.live_plot, self.chat, self.events],
         )
         self._worker: Worker[str] = Worker(self.wake, lambda name, error: self._note(name, message_of(error)))
         self._refresher = Refresher(self._tick)
@@ -101,6 +103,7 @@ class Dashboard:
             self.budget,
             self.live_plot,
             self.chat,
+            self.events,
             self.export,
         )
 

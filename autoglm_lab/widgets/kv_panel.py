@@ -1,32 +1,69 @@
-"""The KV cache: its limit, what happens there, and the conversations in it."""
+"""The KV cache: its limits, how exactly and where it is kept, what stays between turns, and the conversations."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
+from autoglm_lab.memory.page_format import PAGE_TOKENS, Precision
+from autoglm_lab.policy import KvPolicy
+from autoglm_lab.units import exact_bytes
 from autoglm_lab.widgets.panel import Panel
 from autoglm_lab.widgets.settings import set_policy
 from autoglm_lab.widgets.snapshot import Snapshot
 
+PRECISIONS: Final[tuple[Precision, ...]] = ("model", "int8", "int4")
+_SIZES = ("max_bytes", "prefix_bytes", "prefix_host_bytes", "encoder_bytes")
+
 
 def kv_state(snapshot: Snapshot) -> dict[str, Any]:
-    """The KV settings, the steps of the slider in tokens, and one entry a conversation."""
-    kv, context = snapshot.policy.kv, snapshot.capabilities.context_tokens
+    """The KV settings, what each precision takes, what is kept now, and one entry a conversation.
+
+    Sizes that can be edited come as text that says them exactly, such as ``256MiB``; everything else is in bytes.
+    """
+    kv, context, ledger = snapshot.policy.kv, snapshot.capabilities.context_tokens, snapshot.ledger
+    settings = kv.model_dump(exclude=set(_SIZES))
+    sizes = {name: None if (size := getattr(kv, name)) is None else str(exact_bytes(size)) for name in _SIZES}
+    return (
+        settings
+        | sizes
+        | {
+            "limit": token_limit(kv, snapshot.page_bytes),
+            "context": context,
+            "steps": limit_steps(context),
+            "token_bytes": token_bytes(snapshot),
+            "prefixes_now": ledger.nbytes("KV kept prefixes"),
+            "prefixes_host_now": ledger.nbytes("KV kept prefixes", "host"),
+            "encoders_now": ledger.nbytes("encoder outputs"),
+            "conversations": [asdict(conversation) for conversation in snapshot.conversations],
+            "control": snapshot.capabilities.memory_control,
+            "paged": snapshot.pages is not None,
+            "gpu": snapshot.on_gpu,
+        }
+    )
+
+
+def token_limit(kv: KvPolicy, page_bytes: int) -> int | None:
+    """Most tokens of one conversation under both limits; None: as many as the model takes."""
+    limits = [] if kv.max_tokens is None else [kv.max_tokens]
+    if kv.max_bytes is not None and page_bytes:
+        limits.append(kv.max_bytes // page_bytes * PAGE_TOKENS)
+    return min(limits, default=None)
+
+
+def token_bytes(snapshot: Snapshot) -> dict[Precision, float]:
+    """Bytes of one token's keys and values by precision; where pages do not tell, what the conversations take.
+
+    That of the pages in use is what the ledger counts, rounding included.
+    """
+    pages = snapshot.pages
+    if pages is not None:
+        rounded = {pages.precision: snapshot.page_bytes / PAGE_TOKENS}
+        return {name: pages.at(name).nbytes / PAGE_TOKENS for name in PRECISIONS} | rounded
     tokens = sum(conversation.tokens for conversation in snapshot.conversations)
     nbytes = sum(conversation.kv_bytes for conversation in snapshot.conversations)
-    return {
-        "max_tokens": kv.max_tokens,
-        "context": context,
-        "steps": limit_steps(context),
-        "overflow": kv.overflow,
-        "reuse": kv.reuse,
-        "max_conversations": kv.max_conversations,
-        "token_bytes": nbytes / tokens if tokens and nbytes else None,
-        "conversations": [asdict(conversation) for conversation in snapshot.conversations],
-        "control": snapshot.capabilities.memory_control,
-    }
+    return {"model": nbytes / tokens} if tokens and nbytes else {}
 
 
 def limit_steps(context: int | None) -> list[int]:

@@ -141,7 +141,7 @@ export default panel({
             h(
               "div",
               {},
-              `${ICONS[event.kind] ?? "◦"} ${picture.eventText(event)}${event.why ? ` (${event.why})` : ""}`,
+              `${ICONS[event.kind] ?? "◦"} ${eventText(ui, event)}${event.why ? ` (${event.why})` : ""}`,
             ),
           ),
         ]),

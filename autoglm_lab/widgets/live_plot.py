@@ -24,7 +24,7 @@ class LivePlot(Panel):
     """
 
     name = "live_plot"
-    parts = ("plot_store", "plot_picture")
+    parts = ("event_words", "plot_store", "plot_picture")
 
     def __init__(self, host: Host | None = None, **settings: Any) -> None:
         """As `Panel`."""

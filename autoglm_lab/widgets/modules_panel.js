@@ -50,15 +50,17 @@ export default panel({
       return {
         node,
         update(module, control) {
-          const busy = ui.busy(name),
-            here = module.place === "device",
-            moving = busy || module.place === "moving";
+          const here = module.place === "device",
+            moving = ui.busy(`move ${name}`) || module.place === "moving";
           mark.dataset.colour = module.colour;
           node.dataset.place = module.place;
           size.textContent = formatBytes(module.nbytes);
           size.title = module.dtype;
-          where.textContent = moving ? ui.t("moving") : whereabouts(module);
-          where.title = module.last ? told(module.last) : "";
+          where.textContent = moving ? ui.t("moving") : module.trouble || whereabouts(module);
+          where.title = [module.trouble, module.last ? told(module.last) : "", copyOf(module), module.note]
+            .filter(Boolean)
+            .join("\n");
+          where.classList.toggle("is-trouble", Boolean(module.trouble) && !moving);
           const doing = here ? "park" : "wake";
           move.textContent = ui.t(doing);
           move.title = ui.t(`${doing} now`, { name });
@@ -68,15 +70,17 @@ export default panel({
             ui.send("move", { module: name, to: doing });
           };
           move.disabled = moving || !control || (!here && module.residency === "off");
-          pick.set(module.residency, moving || !control);
+          pick.set(module.residency, ui.busy(name) || !control);
         },
       };
     }
-    function whereabouts({ place, last }) {
+    function whereabouts({ place, last, copy }) {
       const took = last && last.seconds !== null ? formatSeconds(last.seconds) : "";
       if (place === "device") return took && last.kind === "woke" ? `${ui.t("event woke")} ${took}` : ui.t("on device");
-      return ui.t(`on ${place}`) + (took && last.kind === "parked" ? ` · ${took}` : "");
+      const parked = last?.kind === "parked" ? took : "";
+      return [ui.t(`on ${place}`), copy && ui.t(copy), parked].filter(Boolean).join(" · ");
     }
+    const copyOf = ({ place, copy }) => (copy && place === "device" ? ui.t("copy on host", { kind: ui.t(copy) }) : "");
     function told(last) {
       const kind = ui.t(`event ${last.kind}`),
         took = last.seconds !== null ? ` ${formatSeconds(last.seconds)}` : "";

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from autoglm_lab.engine.protocol import ModuleInfo
-from autoglm_lab.memory.ledger import Row
-from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.engine.protocol import Engine, ModuleInfo
+from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.ledger import Ledger, Row
 from autoglm_lab.widgets.palette import colour_key, rank
 from autoglm_lab.widgets.panel import Panel
 from autoglm_lab.widgets.settings import set_policy
@@ -20,7 +20,7 @@ def modules_state(snapshot: Snapshot) -> dict[str, Any]:
     modules = sorted(snapshot.modules, key=lambda module: rank(_row(module)))
     policy, names = snapshot.policy, [module.name for module in modules]
     return {
-        "modules": [_module(module, policy) for module in modules],
+        "modules": [_module(module, snapshot) for module in modules],
         "park_to": _shared([policy.module(name).park_to for name in names]),
         "keep_alive": _shared([policy.module(name).keep_alive for name in names]),
         "control": snapshot.capabilities.memory_control,
@@ -28,14 +28,36 @@ def modules_state(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _module(module: ModuleInfo, policy: MemoryPolicy) -> dict[str, Any]:
+def host_copy(ledger: Ledger, module: str) -> str | None:
+    """How a module's copy on the host is kept: ``pinned`` or ``pageable``; None: there is none."""
+    for row in ledger.on("host"):
+        if row.kind == "weights" and row.name == module and row.nbytes:
+            return "pinned" if "pinned" in row.counts else "pageable"
+    return None
+
+
+def trouble(events: Sequence[Event], module: ModuleInfo) -> str:
+    """Why the last park of a module failed in the background; empty where it did not, or another move came since."""
+    since = module.last_event.time if module.last_event else 0.0
+    for event in reversed(events):
+        if event.time < since:
+            break
+        if event.kind == "note" and event.subject == module.name and event.why.startswith("not parked"):
+            return event.why
+    return ""
+
+
+def _module(module: ModuleInfo, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "name": module.name,
         "place": module.place,
         "nbytes": module.nbytes,
         "dtype": module.dtype,
-        "residency": policy.module(module.name).residency,
+        "residency": snapshot.policy.module(module.name).residency,
         "colour": colour_key(_row(module)),
+        "copy": host_copy(snapshot.ledger, module.name),
+        "note": module.note,
+        "trouble": trouble(snapshot.events, module),
         "last": asdict(module.last_event) if module.last_event else None,
     }
 
@@ -68,12 +90,13 @@ class ModulesPanel(Panel):
         self._change("keep_alive", {name: {"keep_alive": seconds} for name in self._names()})
 
     def do_move(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
-        """Park a module now, or wake it now; its residency stays as it is."""
-        if self.host is None:
-            return
-        name, engine = str(content["module"]), self.host.bench.engine
-        move = engine.park if content["to"] == "park" else engine.wake
-        self.run(name, lambda: move(name))
+        """Park a module now, or wake it now; its residency stays as it is.
+
+        Each module has a lane of its own: a move under way holds up neither the settings nor another module.
+        """
+        if self.host is not None:
+            name, park, engine = str(content["module"]), content["to"] == "park", self.host.bench.engine
+            self.run(f"move {name}", lambda: _move(engine, name, park=park), lane=f"move {name}")
 
     def _names(self) -> list[str]:
         return [module["name"] for module in self.state.get("modules", [])]
@@ -82,3 +105,9 @@ class ModulesPanel(Panel):
         if self.host is not None:
             bench = self.host.bench
             self.run(key, lambda: set_policy(bench, modules=modules))
+
+
+def _move(engine: Engine, module: str, *, park: bool) -> None:
+    """Begin a move and wait for its end, so that what goes wrong in the background shows in the panel."""
+    move = engine.park(module) if park else engine.wake(module)
+    move.result()

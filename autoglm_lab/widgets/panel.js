@@ -75,7 +75,27 @@ function segmented({ label, options, onPick }) {
     }
     node.classList.toggle("is-busy", disabled);
   };
-  return { node, set };
+  // One choice that is not to be had here, and why.
+  const disable = (value, off, why) => {
+    const input = inputs.get(value),
+      [, text, title] = options.find(([key]) => key === value);
+    if (off) input.disabled = true;
+    input.parentNode.classList.toggle("is-off", off);
+    input.parentNode.title = off ? why : (title ?? text);
+  };
+  return { node, set, disable };
+}
+
+// What is turned less often; whether it is unfolded lives as long as the widget.
+function fold(ui, label, rows) {
+  const node = h(
+    "details",
+    { class: "algm-more", ontoggle: () => (ui.shared.more = node.open) },
+    h("summary", {}, label),
+    rows,
+  );
+  node.open = Boolean(ui.shared.more);
+  return node;
 }
 
 function checkbox(label, { title, onChange }) {

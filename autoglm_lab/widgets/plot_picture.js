@@ -209,15 +209,6 @@ function plotPicture(ui, store, root) {
     g.setLineDash([]);
     g.fillText(label, box.right - 3, Math.max(box.top - 3, y(last) - 4));
   }
-  const eventText = (event) =>
-    [
-      ui.t(`event ${event.kind}`),
-      event.subject,
-      event.seconds !== null ? formatSeconds(event.seconds) : "",
-      event.nbytes ? formatBytes(event.nbytes) : "",
-    ]
-      .filter(Boolean)
-      .join(" ");
   // Events of one kind that stand close together share a mark; the newest get their labels first.
   function groups(start, end, x) {
     const list = [];
@@ -255,5 +246,5 @@ function plotPicture(ui, store, root) {
     }
   }
 
-  return { paint, eventText, value, byRank, show: (next) => (state = next) };
+  return { paint, value, byRank, show: (next) => (state = next) };
 }

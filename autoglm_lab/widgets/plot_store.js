@@ -5,7 +5,6 @@ const MOST_SAMPLES = 6000,
   MOST_EVENTS = 400,
   FIXED = 2,
   GAP = 5;
-const ICONS = { woke: "▲", parked: "▼", reclaimed: "●", "out of memory": "✕", evicted: "◆", dropped: "◆" };
 
 function decode(view) {
   const samples = [],

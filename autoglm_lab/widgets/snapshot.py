@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, Engine, ModuleInfo
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.memory.page_format import PageFormat
 from autoglm_lab.policy import MemoryPolicy
 
 
@@ -35,7 +36,12 @@ class Bench(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One moment of a workbench."""
+    """One moment of a workbench.
+
+    Attributes:
+        pages: how keys and values lie in pages; None where this model's cannot, or an engine does not tell.
+        page_bytes: of one page, rounding included.
+    """
 
     ledger: Ledger
     policy: MemoryPolicy
@@ -44,6 +50,8 @@ class Snapshot:
     modules: tuple[ModuleInfo, ...]
     conversations: tuple[ConversationInfo, ...]
     events: tuple[Event, ...] = ()
+    pages: PageFormat | None = None
+    page_bytes: int = 0
 
     @property
     def on_gpu(self) -> bool:
@@ -58,6 +66,7 @@ def take(bench: Bench) -> Snapshot:
         EngineClosedError: the workbench was closed.
     """
     engine, sampler = bench.engine, bench.sampler
+    pool = getattr(getattr(engine, "state", None), "pool", None)
     return Snapshot(
         ledger=sampler.latest or engine.ledger(),
         policy=engine.policy,
@@ -66,4 +75,6 @@ def take(bench: Bench) -> Snapshot:
         modules=engine.modules(),
         conversations=engine.conversations(),
         events=sampler.events(),
+        pages=None if pool is None else pool.form,
+        page_bytes=0 if pool is None else pool.page_bytes,
     )

@@ -75,6 +75,11 @@ def figures(answer: Answer) -> dict[str, Any]:
         "cached_tokens": usage.cached_tokens,
         "new_tokens": usage.completion_tokens,
         "peak": max(answer.peak_bytes.values(), default=None),
+        "phases": [
+            {"phase": phase, "work": work, "peak": answer.peak_bytes.get(phase)}
+            for phase, work in answer.work_bytes.items()
+            if work > 0
+        ],
     }
 
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from autoglm_lab.engine.protocol import Answer, Timings, Usage
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.samples import SAMPLES
 from autoglm_lab.widgets.attachments import LIMIT
 from autoglm_lab.widgets.dashboard import Dashboard
+from autoglm_lab.widgets.transcript import figures
 from tests.unit.widgets.browser import browser_sends, open_view, until
 from tests.unit.widgets.test_attachments import png, wav
 
@@ -26,6 +28,23 @@ def test_an_answer_is_the_engines_own_with_its_figures(wb, dashboard):
     assert answer["figures"]["finish"] == expected.finish_reason
     assert dashboard.chat.messages[0]["text"] == "你是谁?"
     assert dashboard.chat.running == {}
+
+
+def test_an_answer_tells_what_each_phase_took_beside_its_peak():
+    answer = Answer(
+        "text",
+        "",
+        "stop",
+        Usage(),
+        Timings(),
+        peak_bytes={"load": 900, "prefill": 1200, "decode": 1100},
+        work_bytes={"load": 0, "prefill": 300, "decode": 50},
+    )
+    assert figures(answer)["peak"] == 1200
+    assert figures(answer)["phases"] == [
+        {"phase": "prefill", "work": 300, "peak": 1200},
+        {"phase": "decode", "work": 50, "peak": 1100},
+    ]
 
 
 def test_the_text_streams_while_it_is_made(wb, dashboard):

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import pytest
 
 import autoglm_lab.widgets.dashboard  # noqa: F401 -- defines every panel
+from autoglm_lab.memory.events import EventKind
+from autoglm_lab.memory.page_format import Precision
+from autoglm_lab.policy import KvPolicy, Overflow
 from autoglm_lab.widgets.labels import LANGS, labels_of
 from autoglm_lab.widgets.panel import Panel
 
+SETTINGS = {
+    "overflow": get_args(Overflow),
+    "precision": get_args(Precision),
+    "place": get_args(KvPolicy.model_fields["place"].annotation),
+}
 PANELS = {panel.name: panel for panel in Panel.__subclasses__()}
 
 
@@ -35,7 +44,14 @@ def test_words_made_up_at_run_time_exist_too():
     made = {
         "header": ["phase load", "phase encode", "phase prefill", "phase decode", "phase train", "phase idle"],
         "modules_panel": ["on device", "on host", "on disk", "residency keep", "residency on-demand", "residency off"],
-        "kv_panel": ["overflow stop", "overflow drop-oldest-turns", "overflow refuse"],
+        "kv_panel": [
+            f"{setting} {value}{hint}"
+            for setting, values in SETTINGS.items()
+            for value in values
+            for hint in ("", " hint")
+        ],
+        "events_panel": [f"event {kind}" for kind in get_args(EventKind)],
+        "live_plot": [f"event {kind}" for kind in get_args(EventKind)],
         "device_bar": ["source nvml", "source psutil", "beside host", "beside disk"],
     }
     for panel, keys in made.items():

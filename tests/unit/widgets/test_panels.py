@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
+from autoglm_lab.errors import ModuleError
+from autoglm_lab.memory.cards import card_budget
+from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.ledger import Ledger, Row
+from autoglm_lab.memory.move import Move
 from autoglm_lab.policy import MemoryPolicy
-from autoglm_lab.widgets.budget_panel import BudgetPanel, presets
+from autoglm_lab.widgets.budget_panel import BudgetPanel, cards
 from autoglm_lab.widgets.dashboard import Dashboard
-from autoglm_lab.widgets.kv_panel import limit_steps
+from autoglm_lab.widgets.modules_panel import host_copy
 from autoglm_lab.widgets.panel import Panel
 from tests.unit.widgets.browser import browser_sends, open_view, until
 
@@ -107,15 +113,59 @@ def test_reclaim_now_tells_what_it_gave_back(wb, dashboard):
     until(lambda: dashboard.budget.state["last"] == event.nbytes, "the figure")
 
 
-def test_presets_are_cards_smaller_than_the_device():
-    assert presets(24 * GiB) == [4 * GiB, 8 * GiB, 12 * GiB, 16 * GiB]
-    assert presets(141 * GiB) == [24 * GiB, 32 * GiB, 48 * GiB, 80 * GiB]
-    assert presets(GiB) == []
+def test_cards_are_those_that_are_smaller_than_the_device_with_what_they_really_offer():
+    offered = [(card["gib"], card["budget"]) for card in cards(141 * GiB)]
+    assert offered == [(gib, card_budget(gib)) for gib in (8, 12, 16, 24)]
+    assert all(budget < gib * GiB for gib, budget in offered)
+    assert [card["gib"] for card in cards(15 * GiB)] == [2, 4, 8, 12]
+    assert cards(GiB) == []
 
 
-def test_the_limit_slider_stops_below_the_models_context():
-    assert limit_steps(4096) == [64, 128, 256, 512, 1024, 2048]
-    assert limit_steps(None)[-1] == 65536
+def test_pretending_to_be_a_card_sets_its_budget_and_tells_what_the_context_takes(wb, dashboard):
+    [*_, card] = dashboard.budget.state["cards"]
+    browser_sends(dashboard.budget, "budget", budget=card["budget"])
+    until(lambda: dashboard.budget.state["budget"] == card["budget"], "the budget")
+    assert wb.policy.budget == card["budget"] == wb.memory.budget
+    assert dashboard.budget.state["context"] == wb.memory.of_kind("context")
+    assert 0 < dashboard.budget.state["context"] < dashboard.budget.state["process"] < card["budget"]
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_with_what_would_help(wb, dashboard):
+    browser_sends(dashboard.budget, "budget", budget="20MiB")
+    until(lambda: dashboard.budget.problem, "the refusal")
+    assert "a budget of 20.0 MiB is less than what the process must hold" in dashboard.budget.problem
+    assert "set a larger one, or keep fewer modules on the device" in dashboard.budget.problem
+    assert wb.policy.budget is None
+
+
+def test_a_move_that_fails_in_the_background_shows_in_the_panel_and_holds_up_no_setting(wb, dashboard, monkeypatch):
+    move = Move()
+    monkeypatch.setattr(wb.engine, "park", lambda name: move)
+    browser_sends(dashboard.modules, "move", module="vision", to="park")
+    until(lambda: dashboard.modules.busy == ["move vision"], "the move to be under way")
+    browser_sends(dashboard.modules, "residency", module="audio", residency="on-demand")
+    until(lambda: wb.policy.module("audio").residency == "on-demand", "the setting, while the move goes on")
+    assert dashboard.modules.problem == ""
+    move.fail(ModuleError("a variable still views the weights of 'vision'"))
+    until(lambda: dashboard.modules.problem == "a variable still views the weights of 'vision'", "the error")
+    until(lambda: dashboard.modules.busy == [], "the end")
+
+
+def test_a_park_by_the_policy_that_failed_shows_at_its_module_until_the_next_move(wb, dashboard):
+    assert module(dashboard, "vision")["trouble"] == ""
+    wb.sampler.record(Event(time.time(), "note", "vision", why="not parked: the disk is full"))
+    until(lambda: module(dashboard, "vision")["trouble"] == "not parked: the disk is full", "the note")
+    assert module(dashboard, "audio")["trouble"] == ""
+    browser_sends(dashboard.modules, "move", module="vision", to="park")
+    until(lambda: module(dashboard, "vision")["trouble"] == "", "the note to go")
+
+
+@pytest.mark.parametrize(("counts", "kind"), [("host copy, pinned", "pinned"), ("host copy, pageable", "pageable")])
+def test_a_host_copy_says_whether_it_is_pinned(counts, kind):
+    rows = (Row("vision", "weights", "host", 100, counts), Row("audio", "weights", "host", 0, counts))
+    ledger = Ledger("a GPU", 1000, 100, rows, time=0.0)
+    assert host_copy(ledger, "vision") == kind
+    assert host_copy(ledger, "audio") is host_copy(ledger, "text") is None
 
 
 def test_the_export_is_what_would_set_the_same_policy(wb, dashboard):
