@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from types import TracebackType
 from typing import Any
 
 from torch import Tensor, strided
@@ -14,6 +16,7 @@ from autoglm_lab.units import MiB, format_bytes
 # A tensor on the host is worth a word from here on; on a GPU every one is.
 _LARGE = MiB
 _DEPTH = 3
+_OUTPUT = re.compile(r"_\d+|_{1,3}")
 
 
 def forget_last_error() -> None:
@@ -21,12 +24,12 @@ def forget_last_error() -> None:
     kept = [getattr(sys, "last_exc", None), getattr(sys, "last_value", None)]
     shell = _shell()
     if shell is not None:
-        kept.append(getattr(shell, "_last_traceback", None))
+        kept.append(getattr(getattr(shell, "last_execution_result", None), "error_in_exec", None))
     for error in kept:
         seen: set[int] = set()
         while isinstance(error, BaseException) and id(error) not in seen:
             seen.add(id(error))
-            traceback.clear_frames(error.__traceback__)
+            _clear(error.__traceback__)
             error = error.__cause__ or error.__context__
     for name in ("last_exc", "last_type", "last_value", "last_traceback"):
         if hasattr(sys, name):
@@ -35,12 +38,22 @@ def forget_last_error() -> None:
         setattr(shell, "_last_traceback", None)  # noqa: B010 - IPython has no public way
 
 
+def _clear(frames: TracebackType | None) -> None:
+    traceback.clear_frames(frames)
+    while frames is not None:
+        # Before Python 3.13 whoever has looked at a frame's variables, as IPython has, left a copy of them with it,
+        # which is brought up to date when it is looked at again.
+        _ = frames.tb_frame.f_locals
+        frames = frames.tb_next
+
+
 def kept_outputs() -> str:
     """Which outputs of cells keep tensors alive, how large, and how to let them go; empty where none does."""
     shell = _shell()
     space: Mapping[str, Any] = getattr(shell, "user_ns", {})
     outputs = [(f"Out[{number}]", value) for number, value in tuple(dict(space.get("Out") or {}).items())]
-    outputs += [(name, space.get(name)) for name in ("_", "__", "___")]
+    # The same values under their other names, which stay when only Out is cleared.
+    outputs += [(name, value) for name, value in tuple(space.items()) if _OUTPUT.fullmatch(name)]
     counted: set[int] = set()
     names, nbytes = [], 0
     for name, value in outputs:

@@ -14,6 +14,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 import autoglm_lab as lab
 from autoglm_lab.magic import Holding, changes, without_magic
+from autoglm_lab.memory.shell import kept_outputs
 from autoglm_lab.units import MiB
 
 HELD = "import torch\nheld = torch.ones(64 * 2**20, dtype=torch.uint8)\n"
@@ -94,6 +95,14 @@ def test_unloading_takes_it_away(shell: Any) -> None:
     shell.extension_manager.load_extension("autoglm_lab")
     shell.extension_manager.reload_extension("autoglm_lab")
     assert run(shell, "%%vram\n1").count("stayed") == 1
+
+
+def test_what_is_said_of_outputs_is_true(shell: Any) -> None:
+    for code in ("import torch", "torch.ones(4 * 2**20, dtype=torch.uint8)"):
+        shell.run_cell(code, store_history=True)
+    assert kept_outputs() == "Out[2] keeps 4.0 MiB of tensors alive: %reset -f out lets them go"
+    shell.run_cell("%reset -f out", store_history=True)
+    assert kept_outputs() == ""
 
 
 def test_changes_add_up_to_what_stayed() -> None:

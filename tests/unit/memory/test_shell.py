@@ -43,6 +43,11 @@ def test_small_ones_on_the_host_and_other_values_are_passed_over(space: dict[str
     assert kept_outputs() == ""
 
 
+def test_an_output_that_was_cleared_from_out_alone_is_still_named(space: dict[str, Any]) -> None:
+    space |= {"_5": large(3), "_i5": large(1), "_private": large(1)}
+    assert kept_outputs() == "_5 keeps 3.0 MiB of tensors alive: %reset -f out lets them go"
+
+
 def test_reclaiming_names_them_and_leaves_them_alone(space: dict[str, Any], accelerator: Accelerator) -> None:
     space["Out"][7] = large(2)
     event = Reclaimer(accelerator).reclaim("asked")
