@@ -321,6 +321,9 @@ class Modules(Mapping[str, Module]):
             raise ModuleError(f"this model has no module {name!r}; its modules are {', '.join(self)}")
         return Module(name, self._engine)
 
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
     def __iter__(self) -> Iterator[str]:
         return (info.name for info in self._engine.modules())
 

@@ -109,3 +109,8 @@ def test_the_article_model_runs_with_made_up_weights_of_its_shape() -> None:
         assert wb.modules["text"].info.dtype == "bfloat16"
         assert any("made up" in event.subject for event in wb.events)
         assert wb.memory.nbytes("text") > 400_000_000
+
+
+def test_a_module_that_is_not_there_is_not_in_the_modules(wb: lab.Workbench) -> None:
+    assert "vision" in wb.modules
+    assert "KV main" not in wb.modules
