@@ -91,6 +91,7 @@ class Bench:
 
     def reset(self) -> None:
         """Bring the model back to the default policy, every module on the device, nothing kept."""
+        gc.collect()  # a peer's model may still view the weights
         wb = self._workbench
         if wb is not None:
             for conversation in wb.conversations:
@@ -132,10 +133,11 @@ class Bench:
 
     def close(self) -> None:
         """Free the models."""
-        for workbench in (self._workbench, self._exact):
-            if workbench is not None:
-                workbench.close()
+        opened = [one for one in (self._workbench, self._exact) if one is not None]
         self._workbench = self._exact = None
+        gc.collect()  # a peer's model may still view the weights
+        for workbench in opened:
+            workbench.close()
 
     def __enter__(self) -> Self:
         return self

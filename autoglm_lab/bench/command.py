@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autoglm_lab.bench.catalog import CATALOG, chosen, runner
 from autoglm_lab.bench.report import Report
 from autoglm_lab.errors import LabError
+
+if TYPE_CHECKING:
+    from autoglm_lab.bench.bench import Bench
 
 _NAMES = ", ".join(CATALOG)
 
@@ -47,15 +51,25 @@ def bench(
             try:
                 reports[name] = runner(name)(session)
                 typer.echo(f"{reports[name]}\n")
-                session.reset()
             except Exception as error:  # noqa: BLE001 - the other benches still have something to say
                 failures[name] = "".join(traceback.format_exception(error))
                 typer.echo(f"bench {name} failed: {type(error).__name__}: {error}\n", err=True)
             if json_file is not None:
                 _write(json_file, reports, failures)
+            _tidy(session)
     if failures:
         typer.echo("\n".join(failures.values()), err=True)
         raise typer.Exit(1)
+
+
+def _tidy(session: Bench) -> None:
+    """Bring the model back to how it was; where that fails, the next bench loads another."""
+    try:
+        session.reset()
+    except Exception as error:  # noqa: BLE001 - whatever a failed bench left behind
+        session.say(f"the model is loaded anew: {type(error).__name__}: {error}")
+        with contextlib.suppress(Exception):
+            session.close()
 
 
 def _write(file: Path, reports: dict[str, Report], failures: dict[str, str]) -> None:

@@ -84,6 +84,24 @@ def test_one_bench_that_fails_leaves_the_others_their_figures(tmp_path: Path, mo
     assert "no kernel" in written["failures"]["kv"]
 
 
+def test_a_bench_that_fails_leaves_the_model_as_it_was_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def runner(name: str) -> Any:
+        def run(session: Bench) -> Report:
+            seen.append(len(session.workbench.conversations))
+            session.workbench.chat("hello", max_new_tokens=2).result(60)
+            if name == "kv":
+                raise RuntimeError("no kernel")
+            return report()
+
+        return run
+
+    monkeypatch.setattr(bench_command, "runner", runner)
+    CliRunner().invoke(cli.app, ["bench", "kv", "turns", "--small"])
+    assert seen == [0, 0]
+
+
 def test_the_command_of_a_run_names_the_benches_and_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = SimpleNamespace(command="")
 
