@@ -37,6 +37,7 @@ export default panel({
     const count = (setting, least) =>
       field({
         label: ui.t(`${setting} hint`),
+        class: `algm-field algm-${setting}`,
         type: "number",
         min: least,
         step: 1,

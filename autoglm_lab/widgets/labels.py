@@ -275,7 +275,7 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
             "Give unused memory back when the allocator caches more than this share of the device; empty: never",
             "分配器缓存超过该比例时归还；留空则不按比例",
         ),
-        "now": ("Reclaim now", "立即回收"),
+        "now": ("Reclaim", "回收"),
         "now hint": ("Give unused memory back to the system now", "立即把未用内存归还系统"),
         "reclaiming": ("reclaiming…", "回收中…"),
         "not yet": ("", ""),

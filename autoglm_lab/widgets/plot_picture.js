@@ -223,7 +223,8 @@ function plotPicture(ui, store, root) {
     return list.reverse();
   }
   function markers(g, c, { box, start, end, x }) {
-    const taken = [Infinity, Infinity];
+    const taken = [Infinity, Infinity],
+      labels = [];
     g.textAlign = "left";
     g.lineWidth = 1;
     for (const { event, at, more } of groups(start, end, x)) {
@@ -241,8 +242,10 @@ function plotPicture(ui, store, root) {
       g.fillStyle = event.kind === "out of memory" ? c.danger : c.ink;
       if (lane >= 0) {
         taken[lane] = left;
+        if (!lane) labels.push([left - 6, left + wide + 6]);
         g.fillText(text, left, box.bottom + 29 + 14 * lane);
-      } else g.fillText(ICONS[event.kind] ?? "◦", at - 4, box.bottom + 29);
+      } else if (!labels.some(([from, to]) => at + 4 > from && at - 4 < to))
+        g.fillText(ICONS[event.kind] ?? "◦", at - 4, box.bottom + 29);
     }
   }
 

@@ -76,9 +76,9 @@ def figures(answer: Answer) -> dict[str, Any]:
         "new_tokens": usage.completion_tokens,
         "peak": max(answer.peak_bytes.values(), default=None),
         "phases": [
-            {"phase": phase, "work": work, "peak": answer.peak_bytes.get(phase)}
-            for phase, work in answer.work_bytes.items()
-            if work > 0
+            {"phase": phase, "work": answer.work_bytes[phase], "peak": answer.peak_bytes.get(phase)}
+            for phase in ("load", "encode", "prefill", "decode")
+            if answer.work_bytes.get(phase, 0) > 0
         ],
     }
 
