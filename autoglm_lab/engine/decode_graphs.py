@@ -20,6 +20,7 @@ from torch import Tensor
 from autoglm_lab.engine.compile_ahead import CompileAhead
 from autoglm_lab.engine.lean_forward import LeanForward
 from autoglm_lab.memory import paged_kernels
+from autoglm_lab.memory.host_prefetch import HostPrefetch, stage_width
 from autoglm_lab.memory.kv_pool import KvPool, PagedSequence
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.page_format import PAGE_TOKENS
@@ -74,7 +75,7 @@ class DecodeGraphs:
         self._configs = decoder_configs(model)
         self._lean = LeanForward(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory: Any = None
         self._spare: list[int] = []
         self._cached = 0
@@ -98,7 +99,8 @@ class DecodeGraphs:
         same_pool = sequences[0].pool is self._pool
         if not self.usable or not same_pool or size is None or longest > self._width * PAGE_TOKENS:
             return None
-        graph = self._graphs.get(size) or self._captured(size)
+        width = stage_width(longest) if self._pool.place == "host" else 0
+        graph = self._graphs.get((size, width)) or self._captured(size, width)
         if graph is None:
             return None
         before = [sequence.tokens for sequence in sequences]
@@ -166,23 +168,25 @@ class DecodeGraphs:
         if self._told is not None:
             self._told(text, seconds)
 
-    def _captured(self, size: int) -> _Graph | None:
+    def _captured(self, size: int, width: int) -> _Graph | None:
         start = time.perf_counter()
         self.wait_for_kernels()
         try:
             with self._growth("decode graphs"):
-                graph = self._capture(size)
+                graph = self._capture(size, width)
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self.usable = False
             self._tell(f"decode steps of this model cannot be captured: {error}".split("\n")[0], 0.0)
             return None
-        self._graphs[size] = graph
+        if width:  # a narrower stage is not needed any more
+            self._graphs = {key: one for key, one in self._graphs.items() if key[0] != size}
+        self._graphs[size, width] = graph
         self._tell(f"decode of {size} captured", time.perf_counter() - start)
         return graph
 
-    def _capture(self, size: int) -> _Graph:
+    def _capture(self, size: int, width: int) -> _Graph:
         device = self._model.device
         if not self._spare:
             self._spare = self._pool.take(1)
@@ -191,7 +195,8 @@ class DecodeGraphs:
         positions = torch.zeros(shape, dtype=torch.long, device=device)
         lengths = torch.ones(size, dtype=torch.int32, device=device)
         table = torch.full((size, self._width), self._spare[0], dtype=torch.int32, device=device)
-        cache = GraphCache(self._pool, table, lengths)
+        prefetch = HostPrefetch(self._pool, table, lengths, width) if width else None
+        cache = GraphCache(self._pool, table, lengths, prefetch)
         arguments: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
 
         def forward() -> Tensor:

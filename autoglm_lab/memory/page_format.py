@@ -147,6 +147,12 @@ class PageStore:
         """A page as it lies in memory: ``uint8 [form.nbytes]``."""
         return self._region[page * self._stride : page * self._stride + self.form.nbytes]
 
+    def layer_bytes(self, layer: int) -> Tensor:
+        """One layer of every page as it lies in memory: ``int32 [pages, layer_nbytes / 4]``."""
+        words, offset = self._region.view(torch.int32), layer * self.form.layer_nbytes // 4
+        shape = (self._region.numel() // self._stride, self.form.layer_nbytes // 4)
+        return words.as_strided(shape, (self._stride // 4, 1), offset)
+
     def write(self, layer: int, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values ``[batch, new, kv_heads, head_dim]`` at pages and slots ``[batch, new]``."""
         for part, given in enumerate((keys, values)):

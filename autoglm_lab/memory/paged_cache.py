@@ -11,6 +11,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from autoglm_lab.memory import paged_kernels
+from autoglm_lab.memory.host_prefetch import HostPrefetch
 from autoglm_lab.memory.kv_pool import KvPool, PagedSequence
 from autoglm_lab.memory.page_format import PAGE_TOKENS
 
@@ -115,10 +116,12 @@ class GraphCache(Cache):
     Args:
         table: ``int32 [batch, pages]``.
         lengths: ``int32 [batch]``, tokens of each row with the new one.
+        prefetch: brings the pages, where they are on the host.
     """
 
-    def __init__(self, pool: KvPool, table: Tensor, lengths: Tensor) -> None:
+    def __init__(self, pool: KvPool, table: Tensor, lengths: Tensor, prefetch: HostPrefetch | None = None) -> None:
         self._pool, self._table, self._lengths, self._layer = pool, table, lengths, 0
+        self._prefetch = prefetch
         super().__init__(layers=[PagedLayer(self, index) for index in range(pool.form.layers)])
 
     @property
@@ -128,9 +131,13 @@ class GraphCache(Cache):
     def put(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self._layer = layer
         paged_kernels.write(self._pool, layer, keys, values, self._table, self._lengths)
+        if self._prefetch is not None:
+            self._prefetch.write(layer, keys, values)
         return keys, values
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
+        if self._prefetch is not None:
+            return self._prefetch.attend(self._layer, query, scale)
         return paged_kernels.attend(self._pool, self._layer, query, scale, self._table, self._lengths)
 
     def read(self) -> tuple[Tensor, Tensor]:

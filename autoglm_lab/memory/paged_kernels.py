@@ -78,6 +78,16 @@ def read(pool: Pages, layer: int, table: Tensor, length: int) -> tuple[Tensor, T
     return result[0], result[1]
 
 
+def copy(pool: Pages, layer: int, to: Pages, table: Tensor, lengths: Tensor, width: int) -> None:
+    """Bring one layer's pages of each row, row after row, ``width`` places each, as the only layer of other pages."""
+    given, taken = pool.store.layer_bytes(layer), to.store.layer_bytes(0)
+    words = pool.form.layer_nbytes // 4
+    _kernels().copy_kernel[(width, table.shape[0])](
+        given, taken, table, lengths, given.stride(0), taken.stride(0), table.stride(0), width, words,
+        PAGE=PAGE_TOKENS, BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+
+
 def attend(pool: Pages, layer: int, query: Tensor, scale: float, table: Tensor, lengths: Tensor) -> Tensor:
     """Attention of one new token a row, ``[batch, heads, 1, head_dim]``, over its pages.
 

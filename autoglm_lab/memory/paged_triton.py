@@ -183,3 +183,19 @@ def read_kernel(
     if BITS == 4:
         high = _tile(codes, scales, at, scale_at, dims, seen, True, WIDTH, SCALE_GROUP, BITS)
         tl.store(to + WIDTH, high, mask=seen[:, None])
+
+
+@triton.jit(do_not_specialize=["table_row", "width", "words"])
+def copy_kernel(
+    given, taken, table, lengths, given_page, taken_page, table_row, width, words,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program a page and row: one layer of it, as 32-bit words."""
+    place, row = tl.program_id(0), tl.program_id(1)
+    if place * PAGE < tl.load(lengths + row):
+        page = tl.load(table + row * table_row + place).to(tl.int64)
+        source = given + page * given_page
+        target = taken + (row * width + place).to(tl.int64) * taken_page
+        for start in range(0, words, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            tl.store(target + at, tl.load(source + at, mask=at < words), mask=at < words)
