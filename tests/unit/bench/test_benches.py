@@ -11,6 +11,7 @@ import autoglm_lab as lab
 from autoglm_lab.bench import Figure, Report
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.catalog import runner
+from autoglm_lab.bench.prefill import read
 from autoglm_lab.bench.prompts import length, prompt_of, said, screen, text_of, user
 from autoglm_lab.bench.soak import slope_of
 from autoglm_lab.bench.stock import Stock
@@ -106,6 +107,12 @@ def test_a_prompt_has_the_tokens_that_were_asked_for(bench: Bench, tokens: int) 
     assert tokens - 4 <= length(bench.workbench, [user(text)]) <= tokens
     assert text == prompt_of(bench.workbench, tokens, seed=3)
     assert text_of(bench.workbench, 5, seed=1) != text_of(bench.workbench, 5, seed=2)
+
+
+def test_a_prompt_that_is_read_again_is_no_longer_than_before(bench: Bench) -> None:
+    answers = [read(bench.workbench, prompt_of(bench.workbench, 64, seed=1)) for _ in range(2)]
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+    bench.reset()
 
 
 def test_a_screen_is_the_same_for_the_same_seed() -> None:
