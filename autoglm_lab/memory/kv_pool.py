@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import mmap
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -58,6 +59,7 @@ class KvPool:
         self._fresh, self._pages = 0, pages
         self._users: dict[int, int] = {}
         self._holders: dict[int, int] = {}
+        self._shared = 0  # pages that several hold; counted as they change, since the sampler asks ten times a second
         second = accelerator.kind == "cuda" and self.place == "device"
         host = HostPages(form.nbytes, self._device, pinned) if second else None
         self.prefixes = PrefixStore(self, host, PAGE_TOKENS)
@@ -122,6 +124,7 @@ class KvPool:
         for page in pages:
             if not self._holders[page]:
                 self.prefixes.held(page)
+            self._shared += self._holders[page] == 1
             self._holders[page] += 1
 
     def put(self, pages: Iterable[int]) -> None:
@@ -129,6 +132,7 @@ class KvPool:
         idle = []
         for page in pages:
             self._holders[page] -= 1
+            self._shared -= self._holders[page] == 1
             if not self._holders[page] and not self.prefixes.released(page):
                 idle.append(page)
         self.free(idle)
@@ -173,7 +177,7 @@ class KvPool:
         return len(idle) * self._region.chunk
 
     def holdings(self) -> Iterable[Row]:
-        shared = sum(holders > 1 for holders in tuple(self._holders.values()))
+        shared = self._shared
         if shared:
             counts = f"{shared * PAGE_TOKENS:,} tokens that several conversations begin with, stored once"
             yield Row("KV shared prefixes", "kv", self.place, shared * self._stride, counts)
@@ -237,7 +241,10 @@ class PagedSequence:
     @property
     def own_nbytes(self) -> int:
         """Bytes of the pages that it alone holds."""
-        return sum(self.pool.holders(page) == 1 for page in tuple(self.pages)) * self.pool.page_bytes
+        # What is shared is what sequences begin with, so the first page of its own can be searched for.
+        pages = tuple(self.pages)
+        first = bisect_left(pages, -1, key=lambda page: -self.pool.holders(page))
+        return (len(pages) - first) * self.pool.page_bytes
 
     def reserve(self, tokens: int) -> None:
         """Take pages for ``tokens`` more tokens. Raises `OutOfMemoryError`; nothing was taken then."""
