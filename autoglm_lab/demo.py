@@ -15,6 +15,7 @@ from typing import Any
 from autoglm_lab import samples
 from autoglm_lab.engine.protocol import Answer
 from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes, format_seconds
 from autoglm_lab.workbench import Workbench, load
 
@@ -87,7 +88,8 @@ def run(say: Callable[[str], Any]) -> Report:
     """
     started = time.monotonic()
     say("Loading autoglm-tiny, a model of 5.9 million parameters that is part of the package")
-    with load("autoglm-tiny") as wb:
+    # Outputs of encoders are not kept here, so that the last question really needs the parked one again.
+    with load("autoglm-tiny", policy=MemoryPolicy(kv={"encoder_bytes": 0})) as wb:
         say(f"  {format_seconds(time.monotonic() - started)}, {wb.engine.capabilities.device}\n")
         asked = questions()
         answers = [_ask(wb, question, say) for question in asked]

@@ -307,7 +307,8 @@ class Module:
 
     def __repr__(self) -> str:
         info = self.info
-        return f"{info.name}: {format_bytes(info.nbytes)} {info.dtype}, on {info.place}"
+        where = info.place if info.place == "moving" else f"on {info.place}"
+        return f"{info.name}: {format_bytes(info.nbytes)} {info.dtype}, {where}"
 
 
 class Modules(Mapping[str, Module]):

@@ -83,5 +83,7 @@ class Conversations:
         for one in tuple(self._by_name.values()):
             counts = f"keys and values of {len(one.kv.ids):,} tokens of conversation '{one.name}'"
             nbytes = one.kv.own_nbytes
-            # A cache of transformers' own lies in tensors, pages do not.
-            yield Row(f"KV {one.name}", "kv", "device", nbytes, counts, "allocator" if one.kv.paged is None else None)
+            if one.kv.paged is None:  # a cache of transformers' own lies in tensors
+                yield Row(f"KV {one.name}", "kv", "device", nbytes, counts, within="allocator")
+            else:
+                yield Row(f"KV {one.name}", "kv", one.kv.paged.pool.place, nbytes, counts)

@@ -69,7 +69,7 @@ class LocalEngine:
             target=_serve, args=(weakref.ref(self), self._inbox), name="autoglm-lab engine", daemon=True
         )
         self._thread.start()
-        self._post(state.accelerator.warm_up)
+        self._post(state.warm_up)
 
     # what is
 

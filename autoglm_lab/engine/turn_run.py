@@ -138,7 +138,10 @@ class TurnRun:
             state.meanwhile()
             return not self.cancelled
 
-        return state.stepper.prefill(self.conversation.kv, prompt, start, chunk=state.policy.kv.chunk, between=between)
+        with state.accelerator.growth("kernels of prefill"):
+            return state.stepper.prefill(
+                self.conversation.kv, prompt, start, chunk=state.policy.kv.chunk, between=between
+            )
 
     def _fit(self) -> tuple[tuple[Message, ...], Prompt, int]:
         """The history that fits, the prompt, and how many tokens the answer may have.

@@ -85,7 +85,7 @@ def test_every_package_that_the_code_imports_is_required() -> None:
         "IPython": "ipykernel",
         "traitlets": "ipywidgets",
     }
-    transitive = {"tokenizers": "transformers", "huggingface_hub": "transformers"}
+    transitive = {"tokenizers": "transformers", "huggingface_hub": "transformers", "triton": "torch"}
     names: set[str] = set()
     for path in Path(lab.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
