@@ -22,6 +22,8 @@ from autoglm_lab.workbench import Workbench
 
 _MODULE = "vision"
 _PATIENCE = 5.0
+_REST = 0.05
+"""Seconds between a park and the wake that is timed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def run(bench: Bench) -> Report:
     """Vision is parked and woken idle, while a turn decodes, and for requests with an image."""
     wb = bench.workbench
     wb.policy = wb.policy.replace(reclaim={"every_answers": None, "cached_share": None}, generation={"eos": False})
-    parks, pairs, cycles = (3, 1, 5) if bench.small else (20, 7, 1000)
+    parks, pairs, cycles = (3, 1, 5) if bench.small else (20, 16, 1000)
     module = wb.engine.state.residency[_MODULE]
     _park_and_wake(wb)  # makes the host copy, and reserves the addresses
     bench.say("parks and wakes, idle")
@@ -109,6 +111,7 @@ def run(bench: Bench) -> Report:
     return bench.report(
         "swap",
         figures,
+        f"Between a park and a wake lie {1000 * _REST:g} ms: the driver clears released memory, beside which a copy is slower.",
         f"The module is {_MODULE}, {size}. Peers move a plain module with the same tensors and return when it is done.",
         *notes,
     )
@@ -177,6 +180,7 @@ def _wakes(bench: Bench, wb: Workbench, times: int) -> tuple[list[float], list[f
     wakes, copies = [], []
     for _ in range(times):
         wb.modules[_MODULE].park().result()
+        time.sleep(_REST)
         wakes.append(bench.timed(wb.modules[_MODULE].wake))
         wb.engine.state.residency.settle()
         copies.append(wb.engine.state.residency.mover.copied)
