@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from autoglm_lab.engine.errands import Errands
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
-from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
+from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
 from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.turn_queue import TurnQueue
@@ -58,6 +58,7 @@ class LocalEngine:
         self._ticked = 0.0
         self._closed = False
         self._gate = threading.Lock()
+        self._listeners: tuple[TurnListener, ...] = ()
         self._errands = Errands(state)
         state.meanwhile = self._errands.serve_meanwhile
         self._old_pools: list[KvPool] = []
@@ -142,7 +143,18 @@ class LocalEngine:
         feed, ask = (self._feed, self._ask) if live else (None, None)
         turn = Turn(conversation, cancel=self._cancel, feed=feed, ask=ask)
         self._post(lambda: self._begin(turn, read, settings, live, replace))
+        for listener in self._listeners:
+            listener(turn, read)
         return turn
+
+    def on_turn(self, listener: TurnListener) -> None:
+        """Call ``listener`` with every turn submitted from now on, in the thread that submits it: it must not wait."""
+        with self._gate:
+            self._listeners = (*self._listeners, listener)
+
+    def off_turn(self, listener: TurnListener) -> None:
+        with self._gate:
+            self._listeners = tuple(known for known in self._listeners if known != listener)
 
     def set_policy(self, policy: MemoryPolicy) -> None:
         """Obey another policy, at once; KV limits from the next turn of a conversation on.

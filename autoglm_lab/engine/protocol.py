@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+from autoglm_lab.engine.messages import Message
 from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
@@ -34,6 +35,7 @@ __all__ = [
     "Timings",
     "Turn",
     "TurnEvent",
+    "TurnListener",
     "Usage",
 ]
 
@@ -303,6 +305,10 @@ class Turn:
         return answer
 
 
+TurnListener = Callable[[Turn, tuple[Message, ...]], None]
+"""Is told of a turn that was submitted, with the messages that are new in it."""
+
+
 def _tell(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(changed.set)
@@ -345,6 +351,8 @@ class Engine(Protocol):
     def phase(self) -> str: ...
 
     def submit(self, messages: Sequence[dict[str, Any]], *, conversation: str = "main", **options: Any) -> Turn: ...
+    def on_turn(self, listener: TurnListener) -> None: ...
+    def off_turn(self, listener: TurnListener) -> None: ...
     def set_policy(self, policy: MemoryPolicy) -> None: ...
     def ledger(self) -> Ledger: ...
     def modules(self) -> tuple[ModuleInfo, ...]: ...

@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 from PIL import Image, UnidentifiedImageError
 
+from autoglm_lab.engine.messages import SAMPLING_RATE, AudioPart, ImagePart, Message
 from autoglm_lab.errors import MediaError
 from autoglm_lab.units import MiB, format_bytes
 
@@ -47,6 +48,18 @@ class Attachment:
         """As the chat shows it: name, size, and a small picture or the outline of the sound."""
         card: dict[str, Any] = {"kind": self.kind, "name": self.name, "nbytes": len(self.data)}
         return card | (thumbnail(self.data) if self.kind == "image" else outline(self.data))
+
+
+def cards_of(message: Message) -> list[dict[str, Any]]:
+    """The media of a message that was submitted in code, as `Attachment.card` shows a file."""
+    cards: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, ImagePart):
+            cards.append({"kind": "image", "name": "image"} | _picture(part.image))
+        elif isinstance(part, AudioPart):
+            outline = _sound(np.abs(part.samples), len(part.samples) / SAMPLING_RATE)
+            cards.append({"kind": "audio", "name": "audio", "nbytes": part.samples.nbytes} | outline)
+    return cards
 
 
 def read_attachments(files: Any, buffers: Sequence[memoryview | bytes]) -> list[Attachment]:
@@ -86,15 +99,17 @@ def thumbnail(data: bytes) -> dict[str, Any]:
             with Image.open(io.BytesIO(data)) as image:
                 if image.width * image.height > _MOST_PIXELS:
                     return {}
-                width, height = image.size
-                small = image.convert("RGB")
-        small.thumbnail((_THUMB, _THUMB))
-        stream = io.BytesIO()
-        small.save(stream, "PNG", optimize=True)
+                return _picture(image)
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return {}
+
+
+def _picture(image: Image.Image) -> dict[str, Any]:
+    small, stream = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((_THUMB, _THUMB))
+    small.save(stream, "PNG", optimize=True)
     picture = base64.b64encode(stream.getvalue()).decode()
-    return {"width": width, "height": height, "thumb": f"data:image/png;base64,{picture}"}
+    return {"width": image.width, "height": image.height, "thumb": f"data:image/png;base64,{picture}"}
 
 
 def outline(data: bytes) -> dict[str, Any]:
@@ -106,6 +121,10 @@ def outline(data: bytes) -> dict[str, Any]:
     except (soundfile.SoundFileError, RuntimeError, ValueError):
         return {}
     loud = np.abs(samples).max(axis=1) if len(samples) else np.zeros(1, np.float32)
+    return _sound(loud, seconds)
+
+
+def _sound(loud: np.ndarray[Any, np.dtype[np.float32]], seconds: float) -> dict[str, Any]:
     peaks = [float(stretch.max(initial=0)) for stretch in np.array_split(loud, _PEAKS)]
     most = max(*peaks, 1e-6)
     return {"seconds": seconds, "peaks": [round(peak / most, 2) for peak in peaks]}

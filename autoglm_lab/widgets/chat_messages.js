@@ -43,7 +43,7 @@ function chatMessages(ui, open) {
       h("span", { "aria-hidden": "true" }, one.kind === "audio" ? "♪" : "▣"),
       wave,
       h("span", { class: "algm-chip-name", title: one.name }, one.name),
-      h("span", { class: "algm-dim" }, one.seconds ? formatSeconds(one.seconds) : formatBytes(one.nbytes)),
+      h("span", { class: "algm-dim" }, one.seconds ? formatSeconds(one.seconds) : one.nbytes ? formatBytes(one.nbytes) : ""),
     );
   }
   function figureLine(f) {
@@ -77,7 +77,7 @@ function chatMessages(ui, open) {
         h("span", { class: "algm-peak" }, ` → ${peak}`),
       );
     });
-    return h("div", { class: "algm-figures algm-phases" }, parts);
+    return h("div", { class: "algm-phases" }, parts);
   }
   function thought(message) {
     if (!message.reasoning) return null;

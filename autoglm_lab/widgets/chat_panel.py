@@ -107,7 +107,8 @@ class ChatPanel(Panel):
             parts = [file.part() for file in files] + ([{"type": "text", "text": text}] if text else [])
             options = {"thinking": thinking} if isinstance(thinking, bool) else {}
             try:
-                turn = engine.submit([{"role": "user", "content": parts}], conversation=conversation, **options)
+                with transcript.speaking():
+                    turn = engine.submit([{"role": "user", "content": parts}], conversation=conversation, **options)
             except (LabError, ValueError, OSError) as error:
                 transcript.refuse(conversation, message_of(error))
                 return

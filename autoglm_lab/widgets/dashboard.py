@@ -26,6 +26,7 @@ from autoglm_lab.widgets.modules_panel import ModulesPanel
 from autoglm_lab.widgets.panel import Panel, message_of
 from autoglm_lab.widgets.refresher import Refresher
 from autoglm_lab.widgets.snapshot import Bench, Snapshot, take
+from autoglm_lab.widgets.transcript import transcript_of
 from autoglm_lab.widgets.worker import Worker
 
 STATE_SECONDS = 0.25
@@ -78,6 +79,7 @@ class Dashboard:
         self._worker: Worker[str] = Worker(self.wake, lambda name, error: self._note(name, message_of(error)))
         self._refresher = Refresher(self._tick)
         bench.sampler.on_sample(self._on_sample)
+        transcript_of(bench).follow(bench.engine, self.wake)
         self._refresh(bench)
         self._refresher.start()
 
@@ -149,6 +151,7 @@ class Dashboard:
             self._end()
             return None
         if not self._views:
+            transcript_of(bench).settle()
             return IDLE_SECONDS
         try:
             return self._refresh(bench)
@@ -186,6 +189,8 @@ class Dashboard:
         bench = self._weak()
         if bench is not None:
             bench.sampler.off_sample(self._on_sample)
+            if not self._closed:
+                transcript_of(bench).leave(bench.engine, self.wake)
         self._closed, self._strong = True, None
         self._worker.close()
         self.header.state = self.header.state | {"closed": True}

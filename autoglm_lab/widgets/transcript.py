@@ -5,14 +5,20 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from autoglm_lab.engine.protocol import Answer, MemoryEvent, Turn
+from autoglm_lab.engine.messages import Message
+from autoglm_lab.engine.protocol import Answer, Engine, MemoryEvent, Turn
+from autoglm_lab.widgets.attachments import cards_of
 from autoglm_lab.widgets.snapshot import Bench
 
 MOST_MESSAGES = 200
 """Messages kept a conversation; the oldest go first."""
+MOST_CONVERSATIONS = 50
+"""Conversations kept; code may begin any number of them."""
+_LIVE = {"kind": "audio", "name": "live", "nbytes": 0}
 
 _transcripts: weakref.WeakKeyDictionary[Bench, Transcript] = weakref.WeakKeyDictionary()
 _opening = threading.Lock()
@@ -84,14 +90,55 @@ def figures(answer: Answer) -> dict[str, Any]:
 
 
 class Transcript:
-    """Messages by conversation. Safe from any thread; `version` changes whenever a finished message does."""
+    """Messages by conversation. Safe from any thread; `version` changes whenever a finished message does.
+
+    While a dashboard follows the engine, turns that code submits are heard too.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._messages: dict[str, list[dict[str, Any]]] = {}
         self._replies: dict[str, list[Reply]] = {}
+        self._heard: list[tuple[Turn, tuple[Message, ...]]] = []
+        self._followers: list[Callable[[], None]] = []
+        self._here = threading.local()
         self._next = 0
         self.version = 0
+
+    def follow(self, engine: Engine, wake: Callable[[], None]) -> None:
+        """Hear the turns of ``engine`` from now on; ``wake`` is called when there is something to `settle`."""
+        with self._lock:
+            self._followers.append(wake)
+            first = len(self._followers) == 1
+        if first:
+            engine.on_turn(self._hear)
+
+    def leave(self, engine: Engine, wake: Callable[[], None]) -> None:
+        """End what `follow` began."""
+        with self._lock:
+            self._followers.remove(wake)
+            last = not self._followers
+        if last:
+            engine.off_turn(self._hear)
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Turns that this thread submits meanwhile are not heard: it adds them itself."""
+        self._here.speaking = True
+        try:
+            yield
+        finally:
+            self._here.speaking = False
+
+    def _hear(self, turn: Turn, messages: tuple[Message, ...]) -> None:
+        if not getattr(self._here, "speaking", False):
+            with self._lock:
+                self._heard.append((turn, messages))
+            self._changed()
+
+    def _changed(self) -> None:
+        for wake in tuple(self._followers):
+            wake()
 
     def ask(self, conversation: str, text: str, cards: list[dict[str, Any]]) -> None:
         """Add what the person said."""
@@ -115,8 +162,21 @@ class Transcript:
         turn.on_change(changed)
 
     def settle(self) -> None:
-        """Move answers that are finished to the messages. Called by a refresher."""
+        """Add what was heard, and move answers that are finished to the messages. Called by a refresher."""
         with self._lock:
+            heard, self._heard = self._heard, []
+        for turn, messages in heard:
+            asked = [message for message in messages if message.role == "user"][-1:]
+            for message in asked:
+                self.ask(turn.conversation, message.text, cards_of(message))
+            if not asked:
+                self.ask(turn.conversation, "", [_LIVE])
+            self.answer(turn.conversation, turn, self._changed)
+        with self._lock:
+            for oldest in list(self._messages)[: max(0, len(self._messages) - MOST_CONVERSATIONS)]:
+                if not self._replies.get(oldest):
+                    self._replies.pop(oldest, None)
+                    del self._messages[oldest]
             for conversation, replies in self._replies.items():
                 while replies and replies[0].turn.done:
                     self._append(conversation, replies.pop(0).card())

@@ -24,7 +24,7 @@ def ask_anew(page: Page, question: str) -> str:
     expect(chat.locator(".algm-message")).to_have_count(0)
     chat.locator(".algm-box").fill(question)
     chat.locator(".algm-box").press("Enter")
-    expect(chat.locator(".algm-ai .algm-figures").last).to_contain_text("decode +")
+    expect(chat.locator(".algm-ai .algm-phases").last).to_contain_text("decode +")
     return chat.locator("select").input_value()
 
 

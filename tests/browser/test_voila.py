@@ -27,8 +27,11 @@ def test_the_notebook_is_an_app(page, tmp_path, shoot):
         expect(page.locator(".algm-still")).to_be_hidden()
         page.locator("[data-module=vision] label[data-value=on-demand]").click()
         expect(page.locator(".algm-export_panel pre")).to_contain_text("residency: on-demand")
+        # What the cells below asked is there already.
+        expect(page.locator(".algm-ai .algm-figures")).to_have_count(3)
         page.locator(".algm-box").fill("你是谁?")
         page.locator(".algm-box").press("Enter")
+        expect(page.locator(".algm-ai .algm-figures")).to_have_count(4)
         expect(page.locator(".algm-ai .algm-figures").last).to_contain_text("tok/s")
         # Pictures can be dropped and pasted too.
         page.locator(".algm-chat").evaluate(_GIVE, "drop")
@@ -37,7 +40,8 @@ def test_the_notebook_is_an_app(page, tmp_path, shoot):
         page.get_by_role("button", name="Remove drop.png").click()
         expect(page.locator(".algm-tray .algm-chip")).to_have_count(1)
         page.locator(".algm-go").click()
-        expect(page.locator(".algm-me figure")).to_contain_text("paste.png · 64×32")
+        expect(page.locator(".algm-me figure").last).to_contain_text("paste.png · 64×32")
+        expect(page.locator(".algm-ai .algm-figures")).to_have_count(5)
         expect(page.locator(".algm-ai .algm-figures").last).to_contain_text("image")
         page.set_viewport_size({"width": 1280, "height": 1500})
         shoot(page, "voila")

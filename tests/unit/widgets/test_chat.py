@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
+
 from autoglm_lab.engine.protocol import Answer, Timings, Usage
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.samples import SAMPLES
 from autoglm_lab.widgets.attachments import LIMIT
 from autoglm_lab.widgets.dashboard import Dashboard
-from autoglm_lab.widgets.transcript import figures
+from autoglm_lab.widgets.transcript import MOST_CONVERSATIONS, figures, transcript_of
 from tests.unit.widgets.browser import browser_sends, open_view, until
 from tests.unit.widgets.test_attachments import png, wav
 
@@ -140,6 +142,49 @@ def test_two_dashboards_of_one_workbench_show_the_same_chat(wb, dashboard):
     until(lambda: answers(dashboard) and answers(other), "both answers")
     assert other.chat.messages == dashboard.chat.messages
     other.close()
+
+
+def test_what_code_asks_shows_in_the_chat_too_while_it_is_answered(wb, dashboard):
+    seen = []
+    dashboard.chat.observe(lambda change: seen.append(dict(change["new"])), "running")
+    expected = wb.chat("How many icons are there?", image=png()).result(60)
+    until(lambda: answers(dashboard), "the answer")
+    assert answers(dashboard)[0]["text"] == expected.text
+    assert answers(dashboard)[0]["figures"]["image_tokens"] == expected.usage.image_tokens
+    question, _ = dashboard.chat.messages
+    assert question["text"] == "How many icons are there?"
+    assert (question["attachments"][0]["kind"], question["attachments"][0]["width"]) == ("image", 400)
+    say(dashboard, "你是谁?")
+    until(lambda: len(answers(dashboard)) == 2, "the next answer")
+    assert [message["role"] for message in dashboard.chat.messages] == ["user", "assistant"] * 2
+
+
+def test_a_sound_from_code_and_a_live_one_show_what_they_are(wb, dashboard):
+    wb.chat(audio=np.zeros(8000, np.float32), conversation="main").result(60)
+    live = wb.chat(live=True)
+    live.feed(np.zeros(8000, np.float32))
+    live.ask("你是谁?").result(60)
+    until(lambda: len(answers(dashboard)) == 2, "both answers")
+    shown = [message["attachments"][0] for message in dashboard.chat.messages if message["role"] == "user"]
+    assert [(one["kind"], one["name"]) for one in shown] == [("audio", "audio"), ("audio", "live")]
+    assert shown[0]["seconds"] == 0.5
+
+
+def test_of_many_conversations_the_oldest_leave_the_chat(wb, dashboard):
+    for number in range(MOST_CONVERSATIONS + 2):
+        wb.chat("你是谁?", conversation=f"c{number}", max_new_tokens=1).result(60)
+    transcript = transcript_of(wb)
+    last = f"c{MOST_CONVERSATIONS + 1}"
+    until(lambda: last in transcript.conversations() and "c1" not in transcript.conversations(), "the oldest to go")
+    assert (transcript.conversations()[0], len(transcript.conversations())) == ("c2", MOST_CONVERSATIONS)
+
+
+def test_a_closed_dashboard_hears_nothing(wb):
+    first, second = Dashboard(wb), Dashboard(wb)
+    first.close()
+    assert len(wb.engine._listeners) == 1
+    second.close()
+    assert wb.engine._listeners == ()
 
 
 def test_thinking_is_folded_away_beside_the_answer(wb, dashboard):
