@@ -34,6 +34,8 @@ def run(bench: Bench) -> Report:
     )
     bench.say("warm-up")
     _warm_up(wb, scale)
+    if bench.minutes is not None:
+        _fill_ring(wb)
     before = _at_rest(wb)
     traffic = Traffic(wb, scale, _SEED)
     seconds, requests = _extent(bench)
@@ -99,6 +101,14 @@ def _warm_up(wb: Workbench, scale: Scale) -> None:
         turns = [wb.engine.submit([user("hello")], conversation=name, max_new_tokens=32) for name in names]
         for turn in turns:
             turn.result(300)
+
+
+def _fill_ring(wb: Workbench) -> None:
+    """As many samples as the workbench keeps, so that it is not their number that grows."""
+    kept = -1
+    while kept < (kept := len(wb.sampler.samples())):
+        for _ in range(500):
+            wb.sampler.sample()
 
 
 def _at_rest(wb: Workbench) -> Ledger:

@@ -33,7 +33,7 @@ RowKind = Literal[
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """Bytes of one owner in one place.
 
@@ -55,7 +55,7 @@ class Row:
     within: Literal["allocator", "cache"] | None = None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, slots=True)
 class Ledger:
     """One reading.
 
