@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -26,6 +27,8 @@ class Bench:
         small: the embedded model and short prompts, whose figures are not judged; None: where there is no GPU. Else
             the shapes of AutoGLM-Phone-9B with made-up weights.
         minutes: how long a soak lasts; None: as many requests as it has.
+        dialogues: of each task whose answers are counted; None: few in a small run, else 128.
+        smollm2: a folder of SmolLM2, for its perplexity; None: without it.
         command: how this run was started, for the report.
         say: told the progress; standard error by default.
 
@@ -38,6 +41,8 @@ class Bench:
         *,
         small: bool | None = None,
         minutes: float | None = None,
+        dialogues: int | None = None,
+        smollm2: Path | None = None,
         command: str = "",
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -45,7 +50,7 @@ class Bench:
         self.small = self.device.type == "cpu" if small is None else small
         if not self.small and self.device.type == "cpu":
             raise LabError("a full run needs a GPU, and torch sees none here: leave --full out")
-        self.minutes = minutes
+        self.minutes, self.dialogues, self.smollm2 = minutes, dialogues, smollm2
         self._command = command
         self._say = say or _to_stderr
         self._started = time.monotonic()

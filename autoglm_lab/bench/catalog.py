@@ -16,6 +16,7 @@ CATALOG: dict[str, str] = {
     "swap": "a module parked and woken",
     "prefill": "reading a prompt: time, and the peak over the weights",
     "kv": "decoding, and keys and values in fewer bytes",
+    "quality": "what lossy settings of keys and values cost",
     "turns": "a new turn on what is kept of a conversation",
     "trace": "20 steps of a phone agent",
     "ledger": "the ledger against the driver's own count, and what sampling costs",

@@ -33,19 +33,32 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Let the soak go on for so long, instead of its 300 requests.")
     ] = None,
+    dialogues: Annotated[
+        int | None, typer.Option(min=1, help="Dialogues of each task of quality. Default: 8 small, 128 full.")
+    ] = None,
+    smollm2: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="SmolLM2 as safetensors with its tokenizer, for its perplexity in quality."
+        ),
+    ] = None,
 ) -> None:
     """Measure ours beside its peers and the limit, in one run. A bar that was missed is shown, and is no failure."""
     wanted = chosen(names)
     if json_file is not None and not json_file.resolve().parent.is_dir():
         raise LabError(f"cannot write {json_file}: its folder does not exist")
+    if smollm2 is not None and not (smollm2 / "config.json").is_file():
+        raise LabError(f"--smollm2 {smollm2} is no folder of a model: it has no config.json")
     from autoglm_lab.bench.bench import Bench
 
     reports: dict[str, Report] = {}
     failures: dict[str, str] = {}
     options = [] if small is None else ["--small" if small else "--full"]
     options += [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    options += [] if dialogues is None else ["--dialogues", str(dialogues)]
+    options += [] if smollm2 is None else ["--smollm2", str(smollm2)]
     command = shlex.join(["autoglm-lab", "bench", *names, *options])
-    with Bench(small=small, minutes=minutes, command=command) as session:
+    with Bench(small=small, minutes=minutes, dialogues=dialogues, smollm2=smollm2, command=command) as session:
         for name in wanted:
             session.say(f"bench {name}: {CATALOG[name]}")
             try:

@@ -21,6 +21,7 @@ class Figure:
         ours: the figure; None: it cannot be had here.
         peers: the same from others, by their name.
         limit: what the hardware allows; None: no such limit.
+        interval: the 95 % interval of the figure, where it was taken from a sample.
         bar: what the figure has to reach, in words; empty: nothing.
         meets: whether it does; None: not judged (a small run, or a figure without a bar).
     """
@@ -32,6 +33,7 @@ class Figure:
     limit: float | None = None
     bar: str = ""
     meets: bool | None = None
+    interval: tuple[float, float] | None = None
 
     def text(self, value: float | None) -> str:
         """A value of this figure for people."""
@@ -53,6 +55,7 @@ class Figure:
             "limit": self.limit,
             "bar": self.bar,
             "meets": self.meets,
+            "interval": None if self.interval is None else list(self.interval),
         }
 
 
@@ -80,11 +83,13 @@ class Report:
     def table(self) -> list[list[str]]:
         """Rows of text, the heading first; a column that no figure fills is left out."""
         peers = list(dict.fromkeys(peer for figure in self.figures for peer in figure.peers))
-        rows = [["what", "ours", *peers, "limit", "bar", ""]]
+        rows = [["what", "ours", "95 %", *peers, "limit", "bar", ""]]
         for figure in self.figures:
             beside = [figure.text(figure.peers[peer]) if peer in figure.peers else "" for peer in peers]
             limit = "" if figure.limit is None else figure.text(figure.limit)
-            rows.append([figure.name, figure.text(figure.ours), *beside, limit, figure.bar, _VERDICTS[figure.meets]])
+            between = "" if figure.interval is None else " to ".join(map(figure.text, figure.interval))
+            ours = [figure.name, figure.text(figure.ours), between]
+            rows.append([*ours, *beside, limit, figure.bar, _VERDICTS[figure.meets]])
         filled = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
         return [[row[column] for column in filled] for row in rows]
 
