@@ -170,10 +170,11 @@ class KvPool:
         idle = [chunk for chunk, users in self._users.items() if not users]
         if idle and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        for chunk in idle:
-            self._region.give_back(chunk)
-            del self._users[chunk]
-        self._count(-len(idle))
+        with self._accelerator.moving():
+            for chunk in idle:
+                self._region.give_back(chunk)
+                del self._users[chunk]
+            self._count(-len(idle))
         return len(idle) * self._region.chunk
 
     def holdings(self) -> Iterable[Row]:

@@ -16,7 +16,8 @@ class PhasePeaks:
 
     Attributes:
         process: the most that the process held on the device.
-        work: the most that was held beyond what stood when the phase began: its activations, and what stayed of it.
+        work: the most that was held beyond what stood when the phase began: its activations, and what stayed of it. On
+            CPU, memory that the C library had kept and uses again stood already.
     """
 
     process: dict[str, int] = field(default_factory=dict)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.memory.peak import PeakMeter, PhasePeaks
 from autoglm_lab.units import MiB
@@ -13,6 +14,7 @@ CLOSE = 6 * MiB
 
 @pytest.fixture
 def meter() -> PeakMeter:
+    open_accelerator("cpu").give_back()  # or what other tests have freed is used again, and no peak is to be seen
     made = PeakMeter(CPU, lambda: None)
     if not high_water(CPU).available:
         pytest.skip("this system keeps no high-water mark")
