@@ -7,17 +7,17 @@ export default panel({
     let known = "",
       cards = null;
     const holder = h("span", {});
-    const size = (what) =>
+    const size = (what, placeholder) =>
       field({
         label: ui.t(what),
         title: ui.t(`${what} hint`),
         size: 7,
-        placeholder: "20GiB",
+        placeholder,
         spellcheck: "false",
         onDone: (value) => ui.send(what, { [what]: value.trim() || null }),
       });
-    const own = size("budget"),
-      pinned = size("pinned");
+    const own = size("budget", "20GiB"),
+      pinned = size("pinned", ui.t("half"));
     const number = (setting, scale, attributes) =>
       field({
         label: ui.t(setting),

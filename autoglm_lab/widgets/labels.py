@@ -242,6 +242,7 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "still free": ("{bytes} still free", "尚余 {bytes}"),
         "over by": ("{bytes} over", "超出 {bytes}"),
         "host": ("host", "主机"),
+        "half": ("half of it", "一半"),
         "of pinned": ("of pinned memory", "锁页内存"),
         "pinned": ("Most pinned memory", "锁页内存上限"),
         "pinned hint": (

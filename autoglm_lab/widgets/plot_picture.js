@@ -224,7 +224,8 @@ function plotPicture(ui, store, root) {
   }
   function markers(g, c, { box, start, end, x }) {
     const taken = [Infinity, Infinity],
-      labels = [];
+      labels = [],
+      unlabelled = [];
     g.textAlign = "left";
     g.lineWidth = 1;
     for (const { event, at, more } of groups(start, end, x)) {
@@ -244,8 +245,13 @@ function plotPicture(ui, store, root) {
         taken[lane] = left;
         if (!lane) labels.push([left - 6, left + wide + 6]);
         g.fillText(text, left, box.bottom + 29 + 14 * lane);
-      } else if (!labels.some(([from, to]) => at + 4 > from && at - 4 < to))
-        g.fillText(ICONS[event.kind] ?? "◦", at - 4, box.bottom + 29);
+      } else unlabelled.push([event, at, g.fillStyle]);
+    }
+    // An icon alone goes where no label is in its way; the line stands in any case.
+    for (const [event, at, colour] of unlabelled) {
+      if (labels.some(([from, to]) => at + 4 > from && at - 4 < to)) continue;
+      g.fillStyle = colour;
+      g.fillText(ICONS[event.kind] ?? "◦", at - 4, box.bottom + 29);
     }
   }
 
