@@ -8,6 +8,7 @@ parked and woken.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ from autoglm_lab.memory.paged_cache import GraphCache
 
 SIZES = (1, 2, 4, 8, 16)
 _NAP = 50e-6
+_GRAIN = 512  # what torch's allocator rounds up to
 
 
 @dataclass
@@ -53,6 +55,7 @@ class DecodeGraphs:
         meanwhile: called again and again while the device computes.
         told: called with a text and seconds when a graph was captured, or could not be.
         growth: counts what the driver takes meanwhile under a name.
+        warm_up: counts what libraries take for the current stream.
     """
 
     def __init__(
@@ -65,20 +68,22 @@ class DecodeGraphs:
         meanwhile: Callable[[], None] | None = None,
         told: Callable[[str, float], None] | None = None,
         growth: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        warm_up: Callable[[], None] | None = None,
     ) -> None:
         device: torch.device = model.device
         self.usable = device.type == "cuda" and bool(decoder_configs(model)) and paged_kernels.available(pool)
         self._ahead = CompileAhead(model, pool) if self.usable else None
         self._model, self._pool, self._planes = model, pool, planes
         self._width = -(-(context_tokens or 65_536) // PAGE_TOKENS)
-        self._meanwhile, self._told, self._growth = meanwhile, told, growth
+        self._meanwhile, self._told, self._growth, self._warm_up = meanwhile, told, growth, warm_up
         self._configs = decoder_configs(model)
         self._lean = LeanForward(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory: Any = None
         self._spare: list[int] = []
-        self._cached = 0
+        self._outside = 0
+        self._cached = self._allocated = 0
         self._done: torch.cuda.Event | None = None
 
     @torch.no_grad()
@@ -127,7 +132,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forget every graph; their memory is the allocator's again."""
         self._graphs.clear()
-        self._memory, self._cached = None, 0
+        self._memory, self._cached, self._allocated, self._outside = None, 0, 0, 0
         self._pool.put(self._spare)
         self._spare = []
 
@@ -136,6 +141,9 @@ class DecodeGraphs:
         if self._cached:
             counts = f"working memory of {len(self._graphs)} captured decode steps, inside torch's allocator"
             yield Row("decode graphs", "owner", "device", self._cached, counts, within="cache")
+        if self._allocated:
+            counts = "where captured decode steps are told what to read, and put their logits"
+            yield Row("decode graphs' tables", "owner", "device", self._allocated, counts, within="allocator")
         if self._spare:
             counts = "a page that the empty rows of a captured step write to"
             yield Row("decode graphs' page", "owner", self._pool.place, self._pool.page_bytes, counts)
@@ -207,7 +215,10 @@ class DecodeGraphs:
 
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(device)
+        stream = _side_stream(device)
+        if self._warm_up is not None:
+            with torch.cuda.stream(stream):
+                self._warm_up()
         stream.wait_stream(torch.cuda.current_stream(device))
         with paged(self._configs, cache), self._lean.active():
             with torch.cuda.stream(stream):
@@ -216,12 +227,22 @@ class DecodeGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
                 logits = forward()
-        self._cached = _pool_bytes(self._memory)
+        self._cached, held = _pool_bytes(self._memory)
+        tables = sum(-(-one.nbytes // _GRAIN) * _GRAIN for one in (ids, positions, lengths, table))
+        self._outside += tables
+        self._allocated = held + self._outside
         return _Graph(graph, ids, positions, lengths, table, logits, [[] for _ in range(size)])
 
 
-def _pool_bytes(handle: Any) -> int:
-    """Bytes that a graph's private pool holds in torch's allocator and that no tensor has."""
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are captured: one stream for the process, since cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+def _pool_bytes(handle: Any) -> tuple[int, int]:
+    """Bytes that a graph's private pool holds in torch's allocator: in no tensor, and in tensors."""
     segments = torch.cuda.memory_snapshot()
     own = [one for one in segments if tuple(one["segment_pool_id"]) == tuple(handle)]
-    return sum(one["total_size"] - one["allocated_size"] for one in own)
+    held = sum(one["allocated_size"] for one in own)
+    return sum(one["total_size"] for one in own) - held, held

@@ -101,6 +101,7 @@ class EngineState:
                 meanwhile=self._serve,
                 told=self._note_graph,
                 growth=self.accelerator.growth,
+                warm_up=self.accelerator.warm_up,
             )
         self.stepper = Stepper(self.model, encoder=old.encoder, graphs=graphs)
 

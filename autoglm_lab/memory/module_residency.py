@@ -280,7 +280,8 @@ class ModuleResidency:
             backing.changed()
         if target == "host" and (backing.host is None or self._device.changed):
             try:
-                notes.append(backing.to_host(self._device.fetch if on_device else None))
+                with self._accelerator.growth("copies to the host", times=2):
+                    notes.append(backing.to_host(self._device.fetch if on_device else None))
             except MemoryError as error:
                 backing.note = f"on disk instead of the host: {error}"
                 notes.append(backing.note)

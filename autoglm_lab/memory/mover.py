@@ -8,6 +8,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,12 @@ from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.move import Move
 
 Job = tuple[Callable[[], Event], Move]
+Growth = Callable[[str, int], AbstractContextManager[None]]
+
+
+def _nothing_grows(what: str, times: int) -> AbstractContextManager[None]:
+    del what, times
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class Arrival:
 class Mover:
     """Runs the ends of moves, one after the other in the order they were begun.
 
+    Args:
+        growth: counts what the driver takes for the first copies, see `Accelerator.growth`.
+
     Beside a GPU a thread of its own does; it calls nothing that waits for the whole device. Where the device is the
     host there is nothing to wait for: a job has ended when `run` returns, and its error is raised there.
 
@@ -50,8 +60,8 @@ class Mover:
         copied: seconds that the last copy to the device took by its own clock; 0 before the first.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, growth: Growth = _nothing_grows) -> None:
+        self._device, self._growth = device, growth
         self.background = device.type == "cuda"
         self.copied = 0.0
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -99,6 +109,10 @@ class Mover:
 
         Streams that compute wait for it; the caller waits only where ``source`` is not pinned.
         """
+        with self._growth("copies to the device", 2):
+            return self._bring(source, target)
+
+    def _bring(self, source: Tensor, target: Tensor) -> Arrival:
         if self._up is None:
             self._up = torch.cuda.Stream(self._device)
         begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -62,7 +62,7 @@ class Residency(Mapping[str, ModuleResidency]):
         self._folder: Path | None = None
         self._closed = False
         self.pinned = PinnedBudget(_pinned_limit(self.policy))
-        self.mover = Mover(accelerator.device)
+        self.mover = Mover(accelerator.device, accelerator.growth)
         _realise(resolved.model, accelerator)
         self.specs = anatomy(resolved.model)
         self._modules = {

@@ -52,7 +52,7 @@ def test_the_ledger_closes_before_and_after_every_move(book: LedgerBook, residen
     logits(residency)  # the first forward of this thread, whose workspaces have no owner here
     base = closed(book.read()).unattributed
     for move in (residency["text"].park, residency["text"].wake, residency["vision"].park, residency["head"].park):
-        move()
+        move().result(60)
         ledger = closed(book.read())
         assert abs(ledger.unattributed - base) < 8 * MiB, str(ledger)
     assert residency["text"].nbytes <= ledger.nbytes("text") < residency["text"].nbytes + 4 * MiB
@@ -253,7 +253,8 @@ def test_a_snapshot_holds_every_byte_of_the_process(wb: lab.Workbench, tmp_path:
     assert {"text", "vision", "context"} <= named
     total = sum(one["total_size"] for one in taken["segments"])
     counters = wb.engine.state.accelerator.counters()
-    assert total - counters.reserved == counters.slabs + ledger.of_kind("context")
+    # The driver's own count moves in steps of 2 MiB, and may have between the two readings.
+    assert abs(total - counters.reserved - counters.slabs - ledger.of_kind("context")) <= 4 * MiB
     assert torch.cuda.memory.memory_snapshot()
 
 

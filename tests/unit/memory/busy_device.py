@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoglm_lab.memory import device_copy, residency
 from autoglm_lab.memory.accelerator import Accelerator
-from autoglm_lab.memory.mover import Arrival, Mover
+from autoglm_lab.memory.mover import Arrival, Growth, Mover
 from autoglm_lab.memory.slab import HostSlab
 
 
@@ -48,8 +48,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator) -> BusyDe
     device = BusyDevice()
 
     class BackgroundMover(Mover):
-        def __init__(self, place: torch.device) -> None:
-            super().__init__(place)
+        def __init__(self, place: torch.device, growth: Growth) -> None:
+            super().__init__(place, growth)
             self.background = True
 
         def bring(self, source: Tensor, target: Tensor) -> Arrival:
