@@ -173,7 +173,9 @@ class Residency(Mapping[str, ModuleResidency]):
                     moves.append(module.park(part.park_to, "off by policy"))
                 if part.residency == "on-demand" and module.target(part.park_to) == "host":
                     module.stage()
-            absent = [module for module in self._modules.values() if module.at != "device"]
+            # What was parked by hand stays so until it is needed, or its own setting changes.
+            changed = [m for m in self._modules.values() if policy.module(m.name) != before.module(m.name)]
+            absent = [module for module in changed if module.at != "device"]
             moves.extend(m.wake("kept by policy") for m in absent if policy.module(m.name).residency == "keep")
         except BaseException:
             self.policy = before

@@ -262,8 +262,16 @@ def test_a_policy_that_cannot_be_obeyed_moves_nothing(loaded: Residency, acceler
     loaded["text"].park()
     accelerator.set_budget(accelerator.context)
     with pytest.raises(OutOfMemoryError):
-        loaded.apply(MemoryPolicy(modules={"vision": "on-demand"}))
+        loaded.apply(MemoryPolicy(modules={"text": {"keep_alive": 5}}))
     assert loaded.policy is before
+
+
+def test_what_was_parked_by_hand_stays_parked_when_something_else_changes(loaded: Residency) -> None:
+    loaded["vision"].park()
+    assert loaded.apply(loaded.policy.replace(kv={"max_tokens": 64}, modules={"text": {"keep_alive": 5}})) == []
+    assert loaded["vision"].place == "disk"
+    loaded.apply(loaded.policy.replace(modules={"vision": {"keep_alive": 5}}))
+    assert loaded["vision"].place == "device"
 
 
 def test_a_policy_for_another_model_is_refused_at_once(build: Build) -> None:
