@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeVar
 from autoglm_lab.engine.errands import Errands
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
+from autoglm_lab.engine.policy_change import PolicyChange
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
-from autoglm_lab.engine.recovery import evict, fit_budget
+from autoglm_lab.engine.recovery import evict
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.turn_queue import TurnQueue
 from autoglm_lab.engine.turn_run import TurnRun
@@ -30,9 +31,7 @@ from autoglm_lab.errors import (
     ModuleOffError,
     PolicyError,
 )
-from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.memory.move import Move
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
@@ -61,7 +60,7 @@ class LocalEngine:
         self._listeners: tuple[TurnListener, ...] = ()
         self._errands = Errands(state)
         state.meanwhile = self._errands.serve_meanwhile
-        self._old_pools: list[KvPool] = []
+        self._change = PolicyChange(state, book)
         book.register(state)
         book.register(state.conversations)
         if state.pool is not None:
@@ -168,7 +167,7 @@ class LocalEngine:
             ModuleError: a module could not be moved; the policy stays as it was.
         """
         check_modules(policy, self._state.residency)
-        self._call(lambda: self._apply(policy))
+        self._call(lambda: self._change.apply(policy))
 
     def park(self, module: str, place: Literal["auto", "host", "disk"] = "auto") -> Move:
         """Move a module off the device. A request that needs it wakes it, unless the policy keeps it off.
@@ -281,66 +280,13 @@ class LocalEngine:
     def _after(self) -> None:
         state = self._state
         self._answers += 1
-        if self._old_pools:
-            state.conversations.use(state.pool)
-            self._close_old_pools()
+        self._change.settle()
         for conversation in state.conversations.idle_by_age()[: -state.policy.kv.max_conversations]:
             evict(state, conversation, f"more than kv.max_conversations = {state.policy.kv.max_conversations}")
         why = state.reclaimer.due(self._answers, self.ledger(), state.policy.reclaim)
         if why and not self.has_work:
             self._answers = 0
             state.reclaim(why)
-
-    def _apply(self, policy: MemoryPolicy) -> None:
-        state, before = self._state, self._state.policy
-        state.accelerator.set_budget(policy.budget)
-        try:
-            state.residency.apply(policy)
-            state.policy = policy
-            fit_budget(state)
-        except Exception:
-            state.policy = before
-            state.accelerator.set_budget(before.budget)
-            if state.residency.policy is not before:
-                state.residency.apply(before)
-            raise
-        segments = policy.reclaim.expandable_segments and not before.reclaim.expandable_segments
-        late = expand_segments(state.accelerator.kind) if segments else ""
-        if late:
-            state.event("note", "reclaim", why=late)
-        kept, wanted = before.kv, policy.kv
-        if (kept.precision, kept.place) != (wanted.precision, wanted.place) and state.pool is not None:
-            self._change_pages()
-        elif kept.graphs != wanted.graphs:
-            state.prepare_steps()
-        state.limit_stores()
-        if policy.budget != before.budget:
-            state.event("budget", "the process" if policy.budget else "none: the whole device", nbytes=policy.budget)
-        for part in ("kv", "reclaim", "generation"):
-            if getattr(policy, part) != getattr(before, part):
-                state.event("policy", part, why="from the next turn on")
-
-    def _change_pages(self) -> None:
-        """Begin with pages of another kind: at once for who is idle, from its next turn on for who is answering."""
-        state = self._state
-        assert state.pool is not None
-        old, kv = state.pool, state.policy.kv
-        for conversation in state.conversations.idle_by_age():
-            evict(state, conversation, "the policy keeps keys and values in another way")
-        old.prefixes.obey(kv.model_copy(update={"reuse": False}))
-        state.pool = KvPool(old.form.at(kv.precision), state.accelerator, kv.place, state.residency.pinned)
-        state.conversations.use(state.pool)
-        self._book.register(state.pool)
-        state.prepare_steps()
-        self._old_pools.append(old)
-        self._close_old_pools()
-
-    def _close_old_pools(self) -> None:
-        for pool in tuple(self._old_pools):
-            if not pool.used_pages:
-                self._book.unregister(pool)
-                pool.close()
-                self._old_pools.remove(pool)
 
     def _feed(self, turn: Turn, pcm: Any) -> None:
         def run() -> None:
