@@ -204,7 +204,7 @@ def test_on_demand_wakes_for_a_request_parks_when_idle_and_answers_the_same(wb: 
     assert turn.result(60).text == kept.text
     assert [event.event.kind for event in turn if isinstance(event, MemoryEvent)] == ["woke"]
     deadline = time.monotonic() + 10
-    while wb.modules["vision"].info.place == "device" and time.monotonic() < deadline:
+    while wb.modules["vision"].info.place != "disk" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert wb.modules["vision"].info.place == "disk"
     assert any(event.kind == "parked" and "idle for 0.3 s" in event.why for event in wb.events)
