@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "workbench",
     "attach": "workbench",
+    "plan": "workbench",
     "Workbench": "workbench",
     "MemoryPolicy": "policy",
     "presets": "models.catalog",
     "Ledger": "memory.ledger",
+    "Plan": "memory.plan",
     "Sampler": "memory.sampler",
     "Turn": "engine.protocol",
     "Answer": "engine.protocol",
@@ -31,10 +33,11 @@ if TYPE_CHECKING:
     from autoglm_lab.engine.protocol import Answer, Turn
     from autoglm_lab.errors import LabError, OutOfMemoryError
     from autoglm_lab.memory.ledger import Ledger
+    from autoglm_lab.memory.plan import Plan
     from autoglm_lab.memory.sampler import Sampler
     from autoglm_lab.models.catalog import presets
     from autoglm_lab.policy import MemoryPolicy
-    from autoglm_lab.workbench import Workbench, attach, load
+    from autoglm_lab.workbench import Workbench, attach, load, plan
 
 
 def __getattr__(name: str) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoglm_lab.engine.conversation import Conversations
@@ -17,9 +18,10 @@ from autoglm_lab.engine.local import LocalEngine, check_modules
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
-from autoglm_lab.errors import EngineClosedError, ModuleError
+from autoglm_lab.errors import EngineClosedError, LabError, ModuleError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
+from autoglm_lab.memory.device_constants import plan_device
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.feature_store import FeatureStore
 from autoglm_lab.memory.kv_pool import KvPool
@@ -27,12 +29,16 @@ from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.page_format import PageFormat
 from autoglm_lab.memory.peak import PeakMeter
+from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.planner import planner
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.memory.snapshot import snapshot, write_snapshot
+from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
-from autoglm_lab.models.loading import Resolved, adopt, resolve
+from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
+from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes
 
@@ -82,6 +88,58 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
     """
     accelerator = open_accelerator(model.device)
     return Workbench(adopt(model, processor, device=model.device), policy or MemoryPolicy(), accelerator=accelerator)
+
+
+def plan(
+    model: str | Path | PreTrainedConfig | Workbench,
+    policy: MemoryPolicy | None = None,
+    *,
+    budget: int | str | None = None,
+    device: str | None = None,
+    context: int = 8192,
+    new_tokens: int = 256,
+    images: int = 0,
+    image_size: tuple[int, int] = (1080, 2400),
+    audio_seconds: float = 0.0,
+    conversations: int = 1,
+) -> Plan:
+    """Whether a model fits, before anything is loaded: the predicted peak of every phase, and what would make it fit.
+
+    Args:
+        model: what `load` takes, or an open workbench, whose device and measured constants are used then.
+        policy: every setting; None: the workbench's, or the defaults.
+        budget: bytes that the process may use, ``"24GiB"`` too; None: the policy's, else all that is free now.
+        device: a card by name (``"RTX 4090"``), ``"cuda"``, ``"cpu"``; None: this machine's GPU, else a GPU of the
+            budget's size where there is a budget, else the CPU.
+        context: tokens of the prompt, those of its images and sounds included.
+        new_tokens: most tokens of the answer.
+        images: in the prompt, each of ``image_size`` (width, height) in pixels.
+        audio_seconds: length of one sound in the prompt.
+        conversations: kept at the same time, each as long.
+
+    Raises:
+        LoadError: the model is unknown.
+        LabError: the device is unknown, or a figure cannot be.
+
+    Example:
+        >>> plan("autoglm-phone-9b", budget="24GiB", context=2048).verdict
+        'fits'
+    """
+    from autoglm_lab.figures.waterfall import waterfall
+
+    try:
+        workload = Workload(context, new_tokens, images, image_size, audio_seconds, conversations)
+    except ValueError as error:
+        raise LabError(str(error)) from None
+    opened = model if isinstance(model, Workbench) else None
+    chosen = policy or (MemoryPolicy() if opened is None else opened.policy)
+    if budget is not None:
+        chosen = chosen.replace(budget=budget)
+    accelerator = None if opened is None else opened.engine.state.accelerator
+    where = plan_device(device, chosen.budget, accelerator)
+    shapes = outline(model, device=where.kind) if not isinstance(model, Workbench) else model.outline()
+    check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
+    return replace(planner(shapes, where).plan(chosen, workload), drawer=waterfall)
 
 
 def open_workbenches() -> tuple[Workbench, ...]:
@@ -247,6 +305,11 @@ class Workbench:
     def stop(self) -> None:
         """Stop every answer under way."""
         self.engine.stop()
+
+    def outline(self) -> Outline:
+        """The model without its weights, as a plan takes it."""
+        dtype = getattr(torch, self.engine.capabilities.dtype)
+        return Outline(self.name, skeleton(self.model.config, dtype), dtype, lambda: self.processor)
 
     # surfaces
 

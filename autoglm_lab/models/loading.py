@@ -142,6 +142,45 @@ def resolve(
     return Resolved(located.name, found.config, found, sources, processor, current, chosen, place, notes)
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a model is, without its weights.
+
+    Attributes:
+        name: what was asked for, for people.
+        model: its parameters are on the meta device.
+        dtype: of the floating-point parameters.
+        processor: makes the model's processor or tokenizer; None where there is none.
+    """
+
+    name: str
+    model: PreTrainedModel
+    dtype: torch.dtype
+    processor: Callable[[], Any]
+
+
+def outline(source: str | Path | PreTrainedConfig, *, device: str = "cuda") -> Outline:
+    """Find out what ``source`` is, as `resolve` does, from configurations and the headers of files alone.
+
+    Args:
+        source: as for `resolve`; a hub id that a preset knows needs no files.
+        device: ``cuda`` or ``cpu``: decides the dtype.
+
+    Raises:
+        LoadError: unknown source, remote code, a corrupt file.
+    """
+    import autoglm_lab.models.autoglm  # noqa: F401 - registers the architecture with transformers' Auto classes
+    from autoglm_lab.models import catalog
+
+    known = {preset.repo_id: preset.name for preset in catalog.presets() if preset.repo_id is not None}
+    if isinstance(source, str) and source in known and _cached(source) is None:
+        source = known[source]
+    located = _locate(source)
+    files = {} if located.folder is None else checkpoint.read_folder(located.folder)
+    dtype = _dtype("auto", torch.device(device), files, located.config)
+    return Outline(located.name, skeleton(located.config, dtype), dtype, lambda: located.processor()[0])
+
+
 def adopt(model: PreTrainedModel, processor: Any = None, *, device: str | torch.device | None = None) -> Resolved:
     """A model that this process already holds, as `resolve` would give it.
 

@@ -1,0 +1,117 @@
+"""Policies that need less than one that does not fit: single changes first, then pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from autoglm_lab.memory.plan import Alternative, Plan
+from autoglm_lab.policy import MemoryPolicy
+
+if TYPE_CHECKING:
+    from autoglm_lab.memory.planner import Planner
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One setting that frees memory.
+
+    Attributes:
+        rank: how much it costs: 0 nothing that one notices, 1 speed, 2 what it can do, 3 quality.
+    """
+
+    settings: dict[str, Any]
+    written: str
+    costs: str
+    rank: int
+
+    @property
+    def lossy(self) -> bool:
+        return self.rank == 3
+
+
+def alternatives(planner: Planner, plan: Plan) -> tuple[Alternative, ...]:
+    """Policies that need less than ``plan``: those that fit first, in the order of what they cost, then by bytes.
+
+    Pairs are looked at only where no single change fits.
+    """
+    changes = list(_changes(planner, plan))
+    found = [_tried(planner, plan, (change,)) for change in changes]
+    if not any(one.fits for one, _ in found):
+        compatible = [pair for pair in combinations(changes, 2) if not _touch_the_same(*pair)]
+        found += [_tried(planner, plan, pair) for pair in compatible]
+    useful = [(one, rank) for one, rank in found if one.frees > 0]
+    useful.sort(key=lambda entry: (not entry[0].fits, entry[1] if entry[0].fits else 0, entry[0].nbytes))
+    return tuple(one for one, _ in useful)
+
+
+def _tried(planner: Planner, plan: Plan, changes: tuple[_Change, ...]) -> tuple[Alternative, int]:
+    policy = plan.policy
+    for change in changes:
+        policy = policy.replace(**change.settings)
+    other = planner.plan(policy, plan.workload, search=False)
+    nbytes = other.largest.nbytes
+    return Alternative(
+        policy=policy,
+        change=" and ".join(change.written for change in changes),
+        costs="; ".join(change.costs for change in changes),
+        lossy=any(change.lossy for change in changes),
+        nbytes=nbytes,
+        frees=plan.largest.nbytes - nbytes,
+        fits=nbytes <= plan.limit,
+    ), sum(4**change.rank for change in changes)
+
+
+def _changes(planner: Planner, plan: Plan) -> Iterator[_Change]:
+    policy, workload = plan.policy, plan.workload
+    for name in ("vision", "audio"):
+        if name not in planner.modules or policy.module(name).residency != "keep":
+            continue
+        asked = workload.images if name == "vision" else workload.audio_seconds
+        what = "an image" if name == "vision" else "a sound"
+        yield _setting(
+            {"modules": {name: "on-demand"}}, f"modules.{name}='on-demand'", f"{what} waits for its weights", 1
+        )
+        if not asked:
+            yield _setting({"modules": {name: "off"}}, f"modules.{name}='off'", f"{what} is refused", 2)
+    for chunk in (1024, 512, 256):
+        if chunk < min(policy.kv.chunk, workload.context):
+            yield _setting({"kv": {"chunk": chunk}}, f"kv.chunk={chunk}", "prompts are read a little slower", 0)
+    if policy.kv.graphs and planner.device.kind == "cuda":
+        yield _setting({"kv": {"graphs": False}}, "kv.graphs=False", "decoding is several times slower", 1)
+    if policy.kv.encoder_bytes:
+        yield _setting({"kv": {"encoder_bytes": 0}}, "kv.encoder_bytes=0", "an image seen again is encoded again", 0)
+    if policy.kv.place == "device" and planner.device.kind == "cuda":
+        yield _setting({"kv": {"place": "host"}}, "kv.place='host'", "long contexts decode slower", 1)
+    order = ("model", "int8", "int4")
+    for precision in order[order.index(policy.kv.precision) + 1 :]:
+        yield _setting(
+            {"kv": {"precision": precision}}, f"kv.precision='{precision}'", "keys and values are rounded (lossy)", 3
+        )
+    kept = workload.context + workload.new_tokens
+    for tokens in (8192, 4096, 2048):
+        if tokens < min(kept, planner.kv_tokens(policy) or kept):
+            settings = {"kv": {"max_tokens": tokens, "overflow": "drop-oldest-turns"}}
+            written = f"kv.max_tokens={tokens}, kv.overflow='drop-oldest-turns'"
+            yield _setting(settings, written, f"turns older than {tokens:,} tokens are forgotten (lossy)", 3)
+
+
+def _setting(settings: dict[str, Any], written: str, costs: str, rank: int) -> _Change:
+    return _Change(settings, written, costs, rank)
+
+
+def _touch_the_same(one: _Change, other: _Change) -> bool:
+    def names(settings: dict[str, Any]) -> set[tuple[str, str]]:
+        return {(part, name) for part, value in settings.items() for name in value}
+
+    return bool(names(one.settings) & names(other.settings))
+
+
+def fitting(planner: Planner, plan: Plan) -> MemoryPolicy | None:
+    """The best policy that fits: the plan's own, else its first alternative that does; None: none is known."""
+    if plan.fits:
+        return plan.policy
+    del planner
+    return next((one.policy for one in plan.alternatives if one.fits), None)

@@ -1,0 +1,88 @@
+"""A plan as text and as an HTML table: what shows where no JavaScript runs."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from autoglm_lab.units import format_bytes
+
+if TYPE_CHECKING:
+    from autoglm_lab.memory.plan import Alternative, Plan
+
+_SHOWN = 5
+_COLOURS = {"fits": "#2e8b57", "fits with changes": "#c98a1b", "does not fit": "#c94f3d"}
+
+
+def text(plan: Plan) -> str:
+    """The verdict in a sentence, a row for each owner with a column for each phase, then what would help."""
+    names = row_names(plan)
+    width = max(len(name) for name in (*names, "largest phase"))
+    lines = [_sentence(plan), f"  {_circumstances(plan)}"]
+    lines.append(f"  {'':<{width}}" + "".join(f"{phase.name:>12}" for phase in plan.phases))
+    for name in names:
+        cells = [phase.of(name) for phase in plan.phases]
+        lines.append(f"  {name:<{width}}" + "".join(f"{format_bytes(cell) if cell else '–':>12}" for cell in cells))
+    lines.append(f"  {'peak':<{width}}" + "".join(f"{format_bytes(phase.nbytes):>12}" for phase in plan.phases))
+    lines += [f"  {one}" for one in _advice(plan)]
+    lines += [f"  note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def html(plan: Plan) -> str:
+    """The same with inline styles only."""
+    colour = _COLOURS[plan.verdict]
+    head = "".join(f'<th style="text-align:right">{phase.name}</th>' for phase in plan.phases)
+    body = []
+    for name in row_names(plan):
+        counts = next((row.counts for phase in plan.phases for row in phase.rows if row.name == name), "")
+        cells = "".join(
+            f'<td style="text-align:right">{format_bytes(phase.of(name)) if phase.of(name) else "–"}</td>'
+            for phase in plan.phases
+        )
+        body.append(
+            f'<tr><td style="text-align:left">{escape(name)}</td>{cells}'
+            f'<td style="text-align:left">{escape(counts)}</td></tr>'
+        )
+    peaks = "".join(f'<td style="text-align:right"><b>{format_bytes(one.nbytes)}</b></td>' for one in plan.phases)
+    body.append(f'<tr><td style="text-align:left"><b>peak</b></td>{peaks}<td></td></tr>')
+    rest = "".join(f"<div>{escape(one)}</div>" for one in _advice(plan))
+    notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in plan.notes)
+    return (
+        f'<div><div><b style="color:{colour}">{escape(_sentence(plan))}</b></div>'
+        f"<div>{escape(_circumstances(plan))}</div>"
+        f'<table><thead><tr><th style="text-align:left">owner</th>{head}<th style="text-align:left">what it counts</th>'
+        f"</tr></thead><tbody>{''.join(body)}</tbody></table>{rest}{notes}</div>"
+    )
+
+
+def row_names(plan: Plan) -> list[str]:
+    """The names of all rows, in the order they first appear."""
+    return list(dict.fromkeys(row.name for phase in plan.phases for row in phase.rows if row.nbytes))
+
+
+def _sentence(plan: Plan) -> str:
+    largest, limit = plan.largest, format_bytes(plan.limit)
+    peak = f"{format_bytes(largest.nbytes)} in {largest.name}, of {limit}"
+    if plan.fits:
+        return f"{plan.model} fits: {peak}; {format_bytes(plan.margin)} to spare"
+    return f"{plan.model} {plan.verdict}: {peak}; {format_bytes(-plan.margin)} missing"
+
+
+def _circumstances(plan: Plan) -> str:
+    label = f"{plan.device} (estimated)" if plan.estimated else plan.device
+    return f"{label}, {plan.dtype}: {plan.workload}"
+
+
+def _advice(plan: Plan) -> list[str]:
+    shown = [_told(one) for one in plan.alternatives[:_SHOWN]]
+    return (
+        ["what would help:" if plan.verdict == "fits with changes" else "what would help, though not enough:", *shown]
+        if shown
+        else []
+    )
+
+
+def _told(one: Alternative) -> str:
+    verdict = "fits" if one.fits else "does not fit"
+    return f"- {one.change}: {format_bytes(one.nbytes)}, {verdict}; frees {format_bytes(one.frees)}; {one.costs}"

@@ -1,0 +1,248 @@
+"""What a model will need, before anything is loaded: the peak of every phase by the rows of the ledger.
+
+Weights come from the skeleton, keys and values from the pool's own arithmetic, activations from a trace of the model's
+own code on tensors without data (`activations`), the rest from constants of the device (`device_constants`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from autoglm_lab.memory.activations import Activations, Peak
+from autoglm_lab.memory.device_constants import PlanDevice
+from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
+from autoglm_lab.memory.plan import PhasePlan, Plan, PlannedPhase, PlanRow
+from autoglm_lab.memory.plan_search import alternatives
+from autoglm_lab.memory.slab import lay_out
+from autoglm_lab.memory.workload import Workload
+from autoglm_lab.models.anatomy import anatomy, named_tensors
+from autoglm_lab.models.loading import Outline
+from autoglm_lab.policy import MemoryPolicy
+
+_CHUNK = 2 << 20
+_GRAIN = 512
+_NEEDS = {"vision": "images", "audio": "audio_seconds"}
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A workload as the policy lets it happen: tokens of the prompt, of all that is kept, and of one step."""
+
+    prompt: int
+    kept: int
+    media: int
+    chunk: int
+
+
+class Planner:
+    """Predicts for one model and kind of device.
+
+    Making one reads shapes only. The first `plan` traces the model's code, which takes a second or two; later ones
+    evaluate what was learnt, in some milliseconds.
+
+    Args:
+        outline: the model without weights.
+        device: where it is to run.
+    """
+
+    def __init__(self, outline: Outline, device: PlanDevice) -> None:
+        self.name, self.dtype, self.device = outline.name, outline.dtype, device
+        self._model: PreTrainedModel = outline.model
+        self._weights = _slabs(self._model, device.kind)
+        self._activations = Activations(outline, device.kind)
+
+    def of(self, device: PlanDevice) -> Planner:
+        """The same model on another device of the same kind; what was learnt is kept."""
+        other = object.__new__(Planner)
+        other.__dict__.update(self.__dict__)
+        other.device = device
+        return other
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(self._weights)
+
+    def plan(self, policy: MemoryPolicy, workload: Workload, *, search: bool = True) -> Plan:
+        """The plan of a workload under a policy.
+
+        Args:
+            search: also look for alternatives where it does not fit.
+        """
+        request, notes = self._request(policy, workload)
+        phases = self._phases(policy, workload, request)
+        limit = self.device.free if policy.budget is None else min(policy.budget, self.device.free)
+        plan = Plan(
+            model=self.name,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.name,
+            policy=policy,
+            workload=workload,
+            limit=limit,
+            phases=phases,
+            notes=(*notes, *self._activations.notes, *self._notes()),
+            estimated=self.device.estimated,
+        )
+        if plan.fits or not search:
+            return plan
+        return replace(plan, alternatives=alternatives(self, plan))
+
+    def kv_tokens(self, policy: MemoryPolicy) -> int | None:
+        """Most tokens of one conversation that the policy allows; None: as many as the model takes."""
+        kv, form = policy.kv, self._form(policy)
+        limits = [] if kv.max_tokens is None else [kv.max_tokens]
+        if kv.max_bytes is not None and form is not None:
+            limits.append(kv.max_bytes // self._stride(form) * PAGE_TOKENS)
+        return min(limits, default=None)
+
+    # phases
+
+    def _phases(self, policy: MemoryPolicy, workload: Workload, request: _Request) -> tuple[PhasePlan, ...]:
+        media = self._media(workload)
+        always = [name for name in self._weights if name not in _NEEDS]
+        kept = [*always, *(name for name in _NEEDS if name in self._weights and _residency(policy, name) == "keep")]
+        needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]
+        outputs = self._activations.features(workload, media)
+        stored = min(outputs, policy.kv.encoder_bytes)
+        phases = [self._phase("load", kept, self._fixed(loading=True))]
+        idle = self._kv(policy, request.kept) * (workload.conversations - 1)
+        if media:
+            peak = self._activations.encode(workload, media)
+            rows = [*self._fixed(), *self._kv_rows(policy, self._in_chunks(idle), "KV, other conversations")]
+            phases.append(self._phase("encode", needed, [*rows, *_work(peak)]))
+        read = self._in_chunks(idle + self._kv(policy, request.prompt))
+        peak = self._activations.prefill(policy.kv, request.prompt, request.chunk)
+        rows = [*self._fixed(), *self._kv_rows(policy, read), *_encoder_rows(outputs), *_work(peak)]
+        phases.append(self._phase("prefill", needed, rows))
+        written = self._in_chunks(self._kv(policy, request.kept) * workload.conversations)
+        rows = [*self._fixed(), *self._kv_rows(policy, written), *_encoder_rows(stored)]
+        rows += self._decode_rows(policy, workload, request)
+        phases.append(self._phase("decode", kept, rows))
+        return tuple(phases)
+
+    def _phase(self, name: PlannedPhase, modules: list[str], rows: list[PlanRow]) -> PhasePlan:
+        weights = [
+            PlanRow(module, "weights", self._weights[module], f"weights in {str(self.dtype).removeprefix('torch.')}")
+            for module in self._weights
+            if module in modules
+        ]
+        return PhasePlan(name, tuple(row for row in (*weights, *rows) if row.nbytes))
+
+    def _fixed(self, *, loading: bool = False) -> list[PlanRow]:
+        device, grown = self.device, self.device.loaded if loading else self.device.working
+        told = "measured on another kind of device" if device.estimated else "as measured on this kind of device"
+        return [
+            PlanRow("workspaces", "owner", device.workspaces, f"kept by cuBLAS, {told}"),
+            PlanRow("context", "context", device.context, f"the process before it holds anything, {told}"),
+            PlanRow("driver growth", "context", grown, f"kernels and streams, {told}"),
+        ]
+
+    def _decode_rows(self, policy: MemoryPolicy, workload: Workload, request: _Request) -> list[PlanRow]:
+        graphs = self.device.kind == "cuda" and policy.kv.graphs and self._form(policy) is not None
+        if graphs:
+            nbytes = self._activations.graphs(workload.conversations)
+            rows = [PlanRow("decode graphs", "owner", nbytes, "working memory of captured decode steps")]
+            return [*rows, PlanRow("decode graphs' page", "owner", self._page_bytes(policy), "of empty rows")]
+        return _work(self._activations.decode(workload.conversations, request.kept))
+
+    # parts
+
+    def _request(self, policy: MemoryPolicy, workload: Workload) -> tuple[_Request, list[str]]:
+        notes: list[str] = []
+        limits = [self.kv_tokens(policy), self._context_tokens()]
+        limit = min((one for one in limits if one is not None), default=None)
+        prompt, kept = workload.context, workload.context + workload.new_tokens
+        if limit is not None and kept > limit:
+            if policy.kv.overflow == "refuse" and limits[0] == limit:
+                notes.append(f"kv.overflow 'refuse' will refuse this: {kept:,} tokens are more than {limit:,}")
+            else:
+                notes.append(f"{kept:,} tokens are more than the {limit:,} that may be kept: it is cut to that")
+            kept, prompt = limit, min(prompt, limit)
+        for name, field in _NEEDS.items():
+            if getattr(workload, field) and name in self._weights and _residency(policy, name) == "off":
+                notes.append(f"a request with {field.split('_')[0]} is refused: the policy keeps {name} off")
+        chunk = policy.kv.chunk
+        if policy.kv.overflow == "window" and self.kv_tokens(policy) is not None:
+            chunk = max(1, min(chunk, (kept - policy.kv.sinks) // 2))
+        return _Request(prompt, kept, 0, chunk), notes
+
+    def _media(self, workload: Workload) -> list[str]:
+        return [name for name, field in _NEEDS.items() if getattr(workload, field) and name in self._weights]
+
+    def _form(self, policy: MemoryPolicy) -> PageFormat | None:
+        return PageFormat.of(self._model.config, self.dtype, policy.kv.precision)
+
+    def _stride(self, form: PageFormat) -> int:
+        grain = _GRAIN if self.device.kind == "cuda" else 4096
+        return -(-form.nbytes // grain) * grain
+
+    def _page_bytes(self, policy: MemoryPolicy) -> int:
+        form = self._form(policy)
+        return 0 if form is None else self._stride(form)
+
+    def _kv(self, policy: MemoryPolicy, tokens: int) -> int:
+        """Bytes of one conversation's keys and values."""
+        form = self._form(policy)
+        if form is None:
+            return self._activations.own_cache(tokens)
+        return -(-tokens // PAGE_TOKENS) * self._stride(form)
+
+    def _in_chunks(self, nbytes: int) -> int:
+        return -(-nbytes // _CHUNK) * _CHUNK if self.device.kind == "cuda" else nbytes
+
+    def _kv_rows(self, policy: MemoryPolicy, nbytes: int, name: str = "KV") -> list[PlanRow]:
+        on_host = policy.kv.place == "host" and self.device.kind == "cuda"
+        return [] if on_host else [PlanRow(name, "kv", nbytes, "keys and values in whole pages")]
+
+    def _context_tokens(self) -> int | None:
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = ["training is not planned"]
+        if self.device.estimated:
+            notes.append("estimated: context, workspaces and kernels were measured on another kind of device")
+        return tuple(notes)
+
+
+_known: dict[tuple[str, str, str], Planner] = {}
+_MOST_KNOWN = 4
+
+
+def planner(outline: Outline, device: PlanDevice) -> Planner:
+    """The planner of a model on a kind of device; what an earlier one of the same shapes has learnt is used again."""
+    key = outline.model.config.to_json_string(use_diff=False), str(outline.dtype), device.kind
+    found = _known.pop(key, None)
+    if found is None:
+        found = Planner(outline, device)
+        while len(_known) >= _MOST_KNOWN:
+            del _known[next(iter(_known))]
+    _known[key] = found
+    named = found.of(device)
+    named.name = outline.name
+    return named
+
+
+def _slabs(model: PreTrainedModel, kind: str) -> dict[str, int]:
+    tensors: dict[str, Any] = dict(named_tensors(model))
+    grain = _CHUNK if kind == "cuda" else 4096
+    return {
+        spec.name: -(-lay_out({name: tensors[name] for name in spec.tensors})[1] // grain) * grain
+        for spec in anatomy(model)
+    }
+
+
+def _residency(policy: MemoryPolicy, name: str) -> str:
+    return policy.module(name).residency
+
+
+def _encoder_rows(nbytes: int) -> list[PlanRow]:
+    return [PlanRow("encoder outputs", "owner", nbytes, "what the encoders gave for the images and sounds")]
+
+
+def _work(peak: Peak) -> list[PlanRow]:
+    return [
+        PlanRow("activations", "activations", peak.allocated, "tensors of a step, traced on the model's own code"),
+        PlanRow("allocator cache", "allocator cache", peak.cached, "what the allocator holds around them"),
+    ]
