@@ -22,6 +22,7 @@ class Features(Protocol):
     def get(self, key: str) -> Tensor | None: ...
     def put(self, key: str, features: Tensor) -> None: ...
     def has(self, key: str) -> bool: ...
+    def has_any(self, beginning: str) -> bool: ...
 
 
 class Encoder:
@@ -61,6 +62,10 @@ class Encoder:
             and run.digest not in prompt.live
             and not (self._store is not None and self.separate(prompt, start) and self._store.has(_key(prompt, run)))
         }
+
+    def knows(self, kind: MediaKind, digest: str) -> bool:
+        """Whether an output of this content is kept, in some size: to be asked before it is prepared."""
+        return self._store is not None and self._store.has_any(f"{kind}:{digest}:")
 
     def encode(self, prompt: Prompt, start: int) -> dict[str, Tensor] | None:
         """Outputs ``[tokens, hidden]`` of the media from token ``start`` on, by digest.

@@ -194,12 +194,15 @@ class TurnRun:
     def _wake_early(self) -> None:
         """Let the encoders of this turn's own media come while those are decoded, resized and cut into patches.
 
-        Whether their output is kept from an earlier turn is not known yet: then the wake was not needed, and the module
-        goes again after its ``keep_alive``. Where a wake cannot go on beside other work nothing is gained.
+        A medium whose output is kept from an earlier turn needs none. Where a wake cannot go on beside other work
+        nothing is gained.
         """
         state = self._state
-        sounds = [sound for sound in media(self.messages, AudioPart) if sound.digest not in self.live]
-        needs = ["vision"] * bool(media(self.messages, ImagePart)) + ["audio"] * bool(sounds)
+        knows = state.stepper.encoder.knows
+        images = [image for image in media(self.messages, ImagePart) if not knows("image", image.digest)]
+        sounds = [sound for sound in media(self.messages, AudioPart) if not knows("audio", sound.digest)]
+        sounds = [sound for sound in sounds if sound.digest not in self.live]
+        needs = ["vision"] * bool(images) + ["audio"] * bool(sounds)
         absent = [name for name in needs if name in state.residency and state.residency[name].at != "device"]
         if not absent or state.accelerator.kind == "cpu":
             return

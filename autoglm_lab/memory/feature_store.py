@@ -30,6 +30,10 @@ class FeatureStore:
         """Whether `get` would find it; it does not count as a use."""
         return key in self._kept
 
+    def has_any(self, beginning: str) -> bool:
+        """Whether features are kept under a key that begins so."""
+        return any(str(key).startswith(beginning) for key in self._kept)
+
     def __len__(self) -> int:
         return len(self._kept)
 

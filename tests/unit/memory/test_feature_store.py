@@ -56,3 +56,12 @@ def test_a_part_of_a_larger_tensor_keeps_only_its_own_bytes() -> None:
     assert kept is not None
     assert kept.untyped_storage().nbytes() == 512
     torch.testing.assert_close(kept, whole[:128])
+
+
+def test_content_is_known_in_whatever_size_it_was_kept() -> None:
+    store = FeatureStore(1 << 20)
+    store.put("image:abc:4:sizes", torch.zeros(4, 8))
+    assert store.has_any("image:abc:")
+    assert not store.has_any("image:ab:")
+    store.clear()
+    assert not store.has_any("image:abc:")
