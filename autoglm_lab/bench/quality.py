@@ -116,7 +116,7 @@ def _losses(task: str, setting: Setting, outcome: Outcome, exact: Outcome) -> st
     """What became of the dialogues one by one, which says more than two intervals that overlap."""
     lost, won = outcome.against(exact)
     text = f"{task}, {setting.name}: {lost} lost and {won} won against the model's own precision"
-    if any(outcome.forgot) or any(outcome.refused):
+    if "max_tokens" in setting.kv:
         kept = [now for now, forgot in zip(outcome.right, outcome.forgot, strict=True) if forgot]
         text += f"; the window forgot tokens in {sum(outcome.forgot)}, of which {sum(kept)} were right"
     if any(outcome.refused):
