@@ -88,6 +88,7 @@ class Plan:
         phases: those that the workload goes through, in order; training is not planned yet.
         alternatives: policies that need less, best first; where the plan fits there are none.
         notes: what is estimated and what is not counted, one sentence each.
+        why: why this policy, in two lines, where it was chosen and not given; see `plan_choice`.
         estimated: whether the constants come from another kind of device.
         drawer: draws `figure`; whoever makes the plan gives it.
     """
@@ -101,6 +102,7 @@ class Plan:
     phases: tuple[PhasePlan, ...]
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
+    why: str = ""
     estimated: bool = False
     drawer: Callable[[Plan], Any] | None = field(default=None, compare=False)
 
@@ -193,4 +195,5 @@ class Plan:
                 for one in self.alternatives
             ],
             "notes": list(self.notes),
+            "why": self.why,
         }

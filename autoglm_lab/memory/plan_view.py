@@ -24,7 +24,7 @@ def text(plan: Plan) -> str:
         cells = [phase.of(name) for phase in plan.phases]
         lines.append(f"  {name:<{width}}" + "".join(f"{format_bytes(cell) if cell else '–':>12}" for cell in cells))
     lines.append(f"  {'peak':<{width}}" + "".join(f"{format_bytes(phase.nbytes):>12}" for phase in plan.phases))
-    lines += [f"  {one}" for one in _advice(plan)]
+    lines += [f"  {one}" for one in (*plan.why.splitlines(), *_advice(plan))]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
 
@@ -46,7 +46,7 @@ def html(plan: Plan) -> str:
         )
     peaks = "".join(f'<td style="text-align:right"><b>{format_bytes(one.nbytes)}</b></td>' for one in plan.phases)
     body.append(f'<tr><td style="text-align:left"><b>peak</b></td>{peaks}<td></td></tr>')
-    rest = "".join(f"<div>{escape(one)}</div>" for one in _advice(plan))
+    rest = "".join(f"<div>{escape(one)}</div>" for one in (*plan.why.splitlines(), *_advice(plan)))
     notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in plan.notes)
     return (
         f'<div><div><b style="color:{colour}">{escape(_sentence(plan))}</b></div>'

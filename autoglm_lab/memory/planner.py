@@ -52,6 +52,7 @@ class Planner:
         self.name, self.dtype, self.device = outline.name, outline.dtype, device
         self._model: PreTrainedModel = outline.model
         self._weights = _slabs(self._model, device.kind)
+        self._pages = PageFormat.of(self._model.config, self.dtype)
         self._activations = Activations(outline, device.kind)
 
     def of(self, device: PlanDevice) -> Planner:
@@ -172,7 +173,7 @@ class Planner:
         return [name for name, field in _NEEDS.items() if getattr(workload, field) and name in self._weights]
 
     def _form(self, policy: MemoryPolicy) -> PageFormat | None:
-        return PageFormat.of(self._model.config, self.dtype, policy.kv.precision)
+        return None if self._pages is None else self._pages.at(policy.kv.precision)
 
     def _stride(self, form: PageFormat) -> int:
         grain = _GRAIN if self.device.kind == "cuda" else 4096
