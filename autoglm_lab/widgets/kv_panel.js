@@ -67,10 +67,13 @@ export default panel({
     const reason = h("span", { class: "algm-dim algm-small" });
     const share = h("span", { class: "algm-dim algm-num" });
     const inexact = lossy();
+    // What it cost when it was measured, beside the switch that takes it.
+    const cost = h("span", { class: "algm-dim algm-small", "data-cost": "precision" });
+    const cut = h("span", { class: "algm-dim algm-small", "data-cost": "window" }, ui.t("cost window"));
     const kept = h("span", { class: "algm-dim algm-num" }),
       keptHost = h("span", { class: "algm-dim algm-num" }),
       keptMedia = h("span", { class: "algm-dim algm-num" });
-    const sliding = row("", words(ui.t("first"), sinks.node, ui.t("and latest"), lossy()));
+    const sliding = row("", words(ui.t("first"), sinks.node, ui.t("and latest"), lossy(), cut));
     const onHost = row("", words(sizes.prefix_host_bytes.node, ui.t("on host"), keptHost));
     const more = fold(ui, ui.t("more"), [
       row(ui.t("bytes"), words(sizes.max_bytes.node, ui.t("a conversation"))),
@@ -89,7 +92,7 @@ export default panel({
       h("div", { class: "algm-row" }, h("span", { class: "algm-label" }, ui.t("limit")), slider, figure),
       row(ui.t("when full"), full.node),
       sliding,
-      row(ui.t("precision"), h("span", { class: "algm-flow" }, precision.node, share, inexact)),
+      row(ui.t("precision"), h("span", { class: "algm-flow" }, precision.node, share, inexact, cost)),
       h(
         "div",
         { class: "algm-row" },
@@ -156,7 +159,8 @@ export default panel({
       share.textContent = bytesOf(1) ? ui.t("a token", { bytes: formatBytes(bytesOf(1)) }) : "";
       const whole = state.token_bytes.model;
       share.title = whole ? ui.t("share", { share: Math.round((100 * bytesOf(1)) / whole) }) : "";
-      inexact.hidden = state.precision === "model";
+      cost.hidden = inexact.hidden = state.precision === "model";
+      cost.textContent = cost.hidden ? "" : ui.t(`cost ${state.precision}`);
       reuse.set(state.reuse, off("reuse"));
       most.set(state.max_conversations, off("max_conversations"));
       const where = !state.gpu ? "no gpu" : !state.paged ? "not paged" : state.place === "host" ? "slower" : null;

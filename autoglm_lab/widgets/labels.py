@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from autoglm_lab.kv_costs import cost_of
+
 Lang = Literal["en", "zh"]
 LANGS: tuple[Lang, ...] = ("en", "zh")
 
@@ -151,6 +153,9 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
             "Answers may differ from those of plain transformers",
             "回答可能与原版 transformers 不同",
         ),
+        "cost int8": (cost_of("int8"), cost_of("int8", "zh")),
+        "cost int4": (cost_of("int4"), cost_of("int4", "zh")),
+        "cost window": (cost_of("window"), cost_of("window", "zh")),
         "not paged": (
             "this model's layers do not lie in pages",
             "此模型的层不支持分页",

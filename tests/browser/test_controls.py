@@ -54,6 +54,7 @@ def test_a_person_quantises_slides_pretends_and_is_told_what_would_help(page, tm
         kv.locator("label[data-value=int8]").click()
         expect(policy).to_contain_text("precision: int8")
         expect(kv.locator(".algm-lossy:visible")).to_have_count(1)
+        expect(kv.locator("[data-cost=precision]")).to_contain_text("SmolLM2 perplexity +0.074 %")
         after_tokens, after = taken(page, ask_anew(page, "你是谁?"))
         pages = [-(-count // 16) for count in (tokens, after_tokens)]
         assert after / pages[1] <= 0.53 * before / pages[0]

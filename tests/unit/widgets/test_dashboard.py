@@ -30,13 +30,14 @@ def test_the_plot_gets_new_samples_as_small_binary_messages(wb, dashboard, monke
 
 def test_a_view_that_opens_late_gets_the_history_once_and_the_events(wb, dashboard, monkeypatch):
     until(lambda: len(wb.sampler.samples()) >= 5, "some history")
+    wb.reclaim()
     sent = sent_by(dashboard.live_plot, monkeypatch)
     browser_sends(dashboard.live_plot, "history")
     until(lambda: [content for content, _ in sent if content["kind"] == "events"], "the events")
     [history] = [buffers[0] for content, buffers in sent if content["kind"] == "history"]
     assert struct.unpack_from("<I", history)[0] >= 5
     told = [event["kind"] for content, _ in sent if content["kind"] == "events" for event in content["events"]]
-    assert "loaded" in told
+    assert "reclaimed" in told
     count = len(sent)
     until(lambda: len(sent) > count + 2, "more samples")
     assert [content["kind"] for content, _ in sent].count("history") == 1
