@@ -22,6 +22,7 @@ _HOMES = {
     "Plan": "memory.plan",
     "Sampler": "memory.sampler",
     "Turn": "engine.protocol",
+    "Workload": "memory.workload",
     "Answer": "engine.protocol",
     "LabError": "errors",
     "OutOfMemoryError": "errors",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from autoglm_lab.memory.ledger import Ledger
     from autoglm_lab.memory.plan import Plan
     from autoglm_lab.memory.sampler import Sampler
+    from autoglm_lab.memory.workload import Workload
     from autoglm_lab.models.catalog import presets
     from autoglm_lab.policy import MemoryPolicy
     from autoglm_lab.workbench import Workbench, attach, load, plan

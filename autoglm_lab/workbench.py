@@ -18,7 +18,7 @@ from autoglm_lab.engine.local import LocalEngine, check_modules
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
-from autoglm_lab.errors import EngineClosedError, LabError, ModuleError
+from autoglm_lab.errors import EngineClosedError, LabError, LoadError, ModuleError, PolicyError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.device_constants import plan_device
@@ -30,6 +30,7 @@ from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.page_format import PageFormat
 from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.plan_choice import Choice, choose
 from autoglm_lab.memory.planner import planner
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency import Residency
@@ -48,7 +49,9 @@ _open: weakref.WeakSet[Workbench] = weakref.WeakSet()
 def load(
     source: str | Path | PreTrainedConfig = "autoglm-tiny",
     *,
-    policy: MemoryPolicy | None = None,
+    policy: MemoryPolicy | Literal["auto"] | None = None,
+    budget: int | str | None = None,
+    workload: Workload | None = None,
     weights: str | Path | None = None,
     dtype: str = "auto",
     device: str | None = None,
@@ -59,23 +62,31 @@ def load(
     Args:
         source: a preset (``autoglm-tiny``, ``autoglm-article``, ``autoglm-phone-9b``), a folder of safetensors, a hub
             id whose files are in the local cache, or a configuration object.
-        policy: every setting; None: the defaults.
+        policy: every setting; None: the defaults; ``"auto"``: the best that fits ``workload``, see `plan_choice`.
+        budget: bytes that the process may use, ``"24GiB"`` too; None: the policy's.
+        workload: what ``"auto"`` is to fit; None: a prompt of 8,192 tokens and an answer of 256.
         weights: ``"dummy"`` for made-up weights of the true shapes; None: the source's own.
         dtype: ``auto`` (float32 on a CPU, the file's on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
         seed: of made-up weights.
 
     Raises:
-        LoadError: the source is unknown or cannot be loaded; the message says what would help.
+        LoadError: the source is unknown or cannot be loaded, or no policy fits; the message says what would help.
         PolicyError: the policy names a module that the model does not have.
     """
-    policy = policy or MemoryPolicy()
+    auto = policy == "auto"
+    policy = _starting(policy, MemoryPolicy(), budget)
     if policy.reclaim.expandable_segments:
         expand_segments()  # before CUDA starts; where it is too late the workbench says so
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
     accelerator = open_accelerator(device)
     resolved = resolve(source, weights=weights, dtype=dtype, device=accelerator.device, seed=seed)
-    return Workbench(resolved, policy, accelerator=accelerator)
+    if not auto:
+        return Workbench(resolved, policy, accelerator=accelerator)
+    choice = _chosen_for(resolved, policy, workload or Workload(), accelerator)
+    workbench = Workbench(resolved, choice.policy, accelerator=accelerator)
+    workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
+    return workbench
 
 
 def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolicy | None = None) -> Workbench:
@@ -92,7 +103,7 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
 
 def plan(
     model: str | Path | PreTrainedConfig | Workbench,
-    policy: MemoryPolicy | None = None,
+    policy: MemoryPolicy | Literal["auto"] | None = None,
     *,
     budget: int | str | None = None,
     device: str | None = None,
@@ -107,7 +118,8 @@ def plan(
 
     Args:
         model: what `load` takes, or an open workbench, whose device and measured constants are used then.
-        policy: every setting; None: the workbench's, or the defaults.
+        policy: every setting; None: the workbench's, or the defaults; ``"auto"``: the best that fits, beginning from
+            those; the plan's ``policy`` is the one that was chosen, and ``why`` says why.
         budget: bytes that the process may use, ``"24GiB"`` too; None: the policy's, else all that is free now.
         device: a card by name (``"RTX 4090"``), ``"cuda"``, ``"cpu"``; None: this machine's GPU, else a GPU of the
             budget's size where there is a budget, else the CPU.
@@ -132,14 +144,34 @@ def plan(
     except ValueError as error:
         raise LabError(str(error)) from None
     opened = model if isinstance(model, Workbench) else None
-    chosen = policy or (MemoryPolicy() if opened is None else opened.policy)
-    if budget is not None:
-        chosen = chosen.replace(budget=budget)
+    chosen = _starting(policy, MemoryPolicy() if opened is None else opened.policy, budget)
     accelerator = None if opened is None else opened.engine.state.accelerator
     where = plan_device(device, chosen.budget, accelerator)
     shapes = outline(model, device=where.kind) if not isinstance(model, Workbench) else model.outline()
     check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
-    return replace(planner(shapes, where).plan(chosen, workload), drawer=waterfall)
+    predict = planner(shapes, where)
+    if policy != "auto":
+        return replace(predict.plan(chosen, workload), drawer=waterfall)
+    if chosen.budget is None and opened is None and where.name == device:
+        chosen = chosen.replace(budget=where.total)  # the policy is for that card, wherever it is used
+    return replace(choose(predict, chosen, workload).plan, drawer=waterfall)
+
+
+def _starting(policy: MemoryPolicy | str | None, default: MemoryPolicy, budget: int | str | None) -> MemoryPolicy:
+    if isinstance(policy, str) and policy != "auto":
+        raise PolicyError(f"a policy is a MemoryPolicy or 'auto', not {policy!r}: MemoryPolicy.from_yaml reads one")
+    given = policy if isinstance(policy, MemoryPolicy) else default
+    return given if budget is None else given.replace(budget=budget)
+
+
+def _chosen_for(resolved: Resolved, policy: MemoryPolicy, workload: Workload, accelerator: Any) -> Choice:
+    shapes = Outline(
+        resolved.name, skeleton(resolved.config, resolved.dtype), resolved.dtype, lambda: resolved.processor
+    )
+    choice = choose(planner(shapes, plan_device(None, policy.budget, accelerator)), policy, workload)
+    if not choice.fits:
+        raise LoadError(f"{resolved.name}, {workload}: {choice.why}")
+    return choice
 
 
 def open_workbenches() -> tuple[Workbench, ...]:

@@ -53,6 +53,31 @@ def test_a_policy_for_another_model_is_refused_and_nothing_stays() -> None:
         lab.load("autoglm-tiny", device="cpu", policy=lab.MemoryPolicy(modules={"smell": "off"}))
 
 
+def test_a_policy_can_be_chosen_at_loading() -> None:
+    workload = lab.Workload(context=2048, images=1)
+    with lab.load("autoglm-tiny", device="cpu", policy="auto", budget="2GiB", workload=workload) as wb:
+        assert wb.policy == lab.MemoryPolicy(budget="2GiB")
+        assert any("Nothing is given up" in event.why for event in wb.events if event.kind == "policy")
+        plan = lab.plan(wb, "auto", context=2048, images=1)
+        assert plan.policy == wb.policy
+        assert plan.why.startswith("Chosen: the settings as they are")
+        assert plan.why.splitlines()[1] in str(plan)
+
+
+def test_where_no_policy_fits_loading_is_refused_with_what_would_help() -> None:
+    with pytest.raises(LoadError, match=r"(?s)autoglm-tiny, 8,192 tokens read.*No policy fits 20\.0 MiB.*One change"):
+        lab.load("autoglm-tiny", device="cpu", policy="auto", budget="20MiB")
+
+
+def test_a_word_that_is_no_policy_is_refused() -> None:
+    with pytest.raises(PolicyError, match="a policy is a MemoryPolicy or 'auto', not 'best'"):
+        lab.load("autoglm-tiny", device="cpu", policy="best")
+
+
+def test_a_policy_chosen_for_a_card_holds_that_card() -> None:
+    assert lab.plan("autoglm-phone-9b", "auto", device="RTX 4090", context=2048).policy.budget == round(23.6 * 2**30)
+
+
 def test_a_budget_that_the_weights_do_not_fit_is_refused_at_loading() -> None:
     with pytest.raises(lab.OutOfMemoryError, match="out of memory in load: needed"):
         lab.load("autoglm-tiny", device="cpu", policy=lab.MemoryPolicy(budget="1MiB"))

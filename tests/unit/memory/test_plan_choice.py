@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from autoglm_lab.memory.device_constants import plan_device
+from autoglm_lab.memory.plan_choice import SPARE, Choice, choose
+from autoglm_lab.memory.planner import Planner, planner
+from autoglm_lab.memory.workload import Workload
+from autoglm_lab.models.loading import Outline, outline
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import GiB, format_bytes
+
+PHONE_STEP = Workload(context=4096, images=1)
+MANY = Workload(context=3800, new_tokens=200, images=1, audio_seconds=2.0, conversations=8)
+
+
+@pytest.fixture(scope="module")
+def phone() -> Outline:
+    return outline("autoglm-phone-9b")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Planner:
+    return planner(outline("autoglm-tiny", device="cpu"), plan_device("cpu", None, None))
+
+
+def choose_for(phone: Outline, budget: int | str, workload: Workload = PHONE_STEP) -> Choice:
+    policy = MemoryPolicy(budget=budget)
+    return choose(planner(phone, plan_device(None, policy.budget, None)), policy, workload)
+
+
+def just_fits(planner: Planner, workload: Workload, **settings: object) -> int:
+    """The least budget under which ``settings`` may be chosen."""
+    needed = planner.plan(MemoryPolicy(**settings), workload, search=False).largest.nbytes
+    return round(needed / (1 - SPARE)) + 64
+
+
+def test_a_card_of_24_gib_takes_the_phone_step_without_giving_anything_up(phone):
+    choice = choose_for(phone, "24GiB")
+    assert choice.fits
+    assert choice.plan.policy == choice.policy == MemoryPolicy(budget="24GiB")
+    first, second = choice.why.splitlines()
+    assert "in " in first and "of 24.00 GiB" in first
+    assert second == "Nothing is given up: answers are exact, every module stays on the device."
+    assert choice.why in choice.plan.to_dict()["why"]
+
+
+@pytest.mark.parametrize("card", ["16GiB", "12GiB"])
+def test_where_nothing_fits_it_says_by_how_much_and_which_budget_would(phone, card):
+    choice = choose_for(phone, card)
+    assert not choice.fits
+    needed = choice.plan.largest.nbytes
+    first, second = choice.why.splitlines()
+    assert f"the leanest needs {format_bytes(needed)}" in first
+    assert f"{format_bytes(needed - round(choice.plan.limit * (1 - SPARE)))} are missing" in first
+    assert "of it weights" in first
+    assert second.startswith("One change would do: a budget of ")
+    budget = float(second.split("budget of ")[1].removesuffix(" GiB.")) * GiB
+    assert choose_for(phone, round(budget + 0.01 * GiB)).fits
+    assert not choose_for(phone, round(needed)).fits
+
+
+def test_fewer_conversations_are_named_where_that_alone_would_do(tiny):
+    lean = {"modules": {"vision": "on-demand", "audio": "on-demand"}}
+    one, many = Workload(context=3800, new_tokens=200), Workload(context=3800, new_tokens=200, conversations=64)
+    budget = min(just_fits(tiny, one, **lean, kv={"chunk": size}) for size in (2048, 1024, 512, 256))
+    choice = choose(tiny, MemoryPolicy(budget=budget), many)
+    assert not choice.fits
+    assert "One change would do: one conversation, or a budget of" in choice.why
+    assert choose(tiny, MemoryPolicy(budget=budget), one).fits
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_quality_comes_before_speed(tiny, share):
+    most = just_fits(tiny, MANY)
+    least = just_fits(tiny, MANY, modules={"vision": "on-demand", "audio": "on-demand"}, kv={"precision": "int4"})
+    choice = choose(tiny, MemoryPolicy(budget=round(least + share * (most - least))), MANY)
+    assert choice.fits
+    order = ("model", "int8", "int4")
+    better = order[: order.index(choice.policy.kv.precision)]
+    exacter = [
+        tiny.plan(choice.policy.replace(modules=modules, kv={"precision": precision, "chunk": chunk}), MANY)
+        for precision in better
+        for modules in ({"vision": "keep"}, {"vision": "on-demand", "audio": "on-demand"})
+        for chunk in (2048, 1024, 512, 256)
+    ]
+    assert not [plan for plan in exacter if plan.largest.nbytes <= plan.limit * (1 - SPARE)]
+    assert choice.policy.kv.max_tokens is None or choice.policy.kv.max_tokens >= MANY.context + MANY.new_tokens
+
+
+def test_nothing_is_moved_off_the_device_while_keeping_it_fits(tiny):
+    """Speed: of all combinations of one quality, none that keeps more modules fits."""
+    one = Workload(context=1024, images=1, audio_seconds=1.0)
+    for kept in ({}, {"audio": "on-demand"}, {"vision": "on-demand", "audio": "on-demand"}):
+        fitting = min(just_fits(tiny, one, modules=kept, kv={"chunk": size}) for size in (2048, 1024, 512, 256))
+        choice = choose(tiny, MemoryPolicy(budget=fitting), one)
+        assert choice.fits
+        assert choice.policy.kv.precision == "model"
+        chosen = sum(choice.policy.module(name).residency == "on-demand" for name in ("vision", "audio"))
+        assert chosen <= len(kept)
+        more = [dict(zip(("vision", "audio"), both, strict=True)) for both in product(("keep", "on-demand"), repeat=2)]
+        for modules in (both for both in more if sum(one == "on-demand" for one in both.values()) < chosen):
+            for size in (2048, 1024, 512, 256):
+                assert just_fits(tiny, one, modules=modules, kv={"chunk": size}) > fitting
+
+
+def test_what_is_chosen_costs_are_told_with_what_is_missing_without_it(tiny):
+    kept = just_fits(tiny, MANY)
+    choice = choose(tiny, MemoryPolicy(budget=kept - (1 << 20)), MANY)
+    first, second = choice.why.splitlines()
+    assert first.startswith("Chosen: ")
+    assert "Nothing that costs less fits: without it" in second
+    assert "It costs: " in second
+
+
+def test_as_a_last_resort_old_turns_are_forgotten(tiny):
+    lean = {"modules": {"vision": "on-demand", "audio": "on-demand"}}
+    short = {"precision": "int4", "max_tokens": 2048, "overflow": "drop-oldest-turns"}
+    budget = min(just_fits(tiny, MANY, **lean, kv={**short, "chunk": size}) for size in (2048, 1024, 512, 256))
+    choice = choose(tiny, MemoryPolicy(budget=budget), MANY)
+    assert choice.fits
+    assert choice.policy.kv.max_tokens == 2048
+    assert choice.policy.kv.overflow == "drop-oldest-turns"
+    assert "turns older than 2,048 tokens are forgotten (lossy)" in choice.why
+
+
+def test_a_conversation_may_grow_into_what_is_left(phone):
+    least = just_fits(planner(phone, plan_device("RTX 4090", None, None)), PHONE_STEP)
+    choice = choose_for(phone, least + 100 * (1 << 20))
+    bound = choice.policy.kv.max_tokens
+    assert bound is not None
+    assert f"kv.max_tokens={bound:,} is what a conversation may grow to" in choice.why
+    predict = planner(phone, plan_device(None, choice.policy.budget, None))
+
+    def needs(tokens: int) -> int:
+        workload = Workload(context=tokens - PHONE_STEP.new_tokens, images=1)
+        free = choice.policy.replace(kv={"max_tokens": None})
+        return predict.plan(free, workload, search=False).largest.nbytes
+
+    limit = round(choice.plan.limit * (1 - SPARE))
+    assert needs(bound) <= limit < needs(bound + 512)
+
+
+def test_other_settings_stay_as_they_are(tiny):
+    policy = MemoryPolicy(generation={"temperature": 0.5}, kv={"precision": "int8", "reuse": False}, budget="100GiB")
+    assert choose(tiny, policy, MANY).policy == policy
