@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+FEED_FORWARD_TOKENS = 512
+"""Tokens that go through a feed-forward layer at once."""
+BATCH_SIZES = (1, 2, 4, 8, 16)
+"""Batches for which a decode step is captured; a batch in between takes the next larger one."""
+
 
 def prefill_chunks(
     start: int,

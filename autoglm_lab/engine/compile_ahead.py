@@ -15,12 +15,12 @@ from autoglm_lab.memory.kv_pool import KvPool
 class CompileAhead:
     """Compiles the kernels of one model's steps on a thread of its own; `wait` before the first of them is captured.
 
-    What cannot be compiled fails at the step that needs it, with its own message.
+    What cannot be compiled here is done without: `paged_kernels.available` and `LeanForward` find out the same.
     """
 
     def __init__(self, model: Any, pool: KvPool) -> None:
-        heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
-        arguments = (pool.form, pool.page_bytes, heads, pool.store.codes.device, LeanForward.norm_shapes(model))
+        heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+        arguments = (pool, heads, LeanForward.norm_shapes(model))
         self._thread = threading.Thread(target=_compile, args=arguments, name="autoglm-lab kernels", daemon=True)
         self._thread.start()
 
@@ -28,10 +28,7 @@ class CompileAhead:
         self._thread.join()
 
 
-def _compile(form: Any, stride: int, heads: int, device: torch.device, norms: set[tuple[int, torch.dtype]]) -> None:
-    try:
-        with torch.cuda.device(device):
-            paged_kernels.compile_for(form, stride, heads, device)
-            LeanForward.compile_norms(norms, device)
-    except Exception:  # noqa: BLE001, S110 - see the class
-        pass
+def _compile(pool: KvPool, heads: int | None, norms: set[tuple[int, torch.dtype]]) -> None:
+    with torch.cuda.device(pool.store.codes.device):
+        if paged_kernels.available(pool, heads):
+            LeanForward.compile_norms(norms, pool.store.codes.device)

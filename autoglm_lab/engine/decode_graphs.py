@@ -27,8 +27,8 @@ from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.page_format import PAGE_TOKENS
 from autoglm_lab.memory.paged_attention import decoder_configs, paged
 from autoglm_lab.memory.paged_cache import GraphCache
+from autoglm_lab.schedule import BATCH_SIZES as SIZES
 
-SIZES = (1, 2, 4, 8, 16)
 _NAP = 50e-6
 _GRAIN = 512  # what torch's allocator rounds up to
 
@@ -71,7 +71,7 @@ class DecodeGraphs:
         warm_up: Callable[[], None] | None = None,
     ) -> None:
         device: torch.device = model.device
-        self.usable = device.type == "cuda" and bool(decoder_configs(model)) and paged_kernels.available(pool)
+        self.usable = device.type == "cuda" and bool(decoder_configs(model)) and paged_kernels.possible(pool)
         self._ahead = CompileAhead(model, pool) if self.usable else None
         self._model, self._pool, self._planes = model, pool, planes
         self._width = -(-(context_tokens or 65_536) // PAGE_TOKENS)
@@ -179,6 +179,10 @@ class DecodeGraphs:
     def _captured(self, size: int, width: int) -> _Graph | None:
         start = time.perf_counter()
         self.wait_for_kernels()
+        if not paged_kernels.available(self._pool):
+            self.usable = False
+            self._tell(f"decode steps are not captured: {paged_kernels.why_not(self._pool)}", 0.0)
+            return None
         try:
             with self._growth("decode graphs"):
                 graph = self._capture(size, width)

@@ -15,23 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SLICE = 512
-"""Tokens that go through a feed-forward layer at once."""
-_PLAIN = (nn.Linear, nn.Dropout, nn.Identity)
+from autoglm_lab.models.lean_layers import feed_forwards, norm_of, rms_norms
+from autoglm_lab.schedule import FEED_FORWARD_TOKENS as SLICE
 
 
 class LeanForward:
     """Stands in for some modules of a model's decoder while it is active. Only the engine's thread uses it."""
 
     def __init__(self, model: Any) -> None:
-        decoder = _decoder(model)
         device: torch.device = model.device
-        self._modules = [module for module in decoder.modules() if _is_feed_forward(module)]
-        self._norms = [
-            module
-            for module in decoder.modules()
-            if type(module).__name__.endswith("RMSNorm") and device.type == "cuda" and _has_triton()
-        ]
+        self._modules = feed_forwards(model)
+        self._norms = rms_norms(model) if device.type == "cuda" and _has_triton() else []
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
 
     @contextlib.contextmanager
@@ -50,8 +44,7 @@ class LeanForward:
     @staticmethod
     def norm_shapes(model: Any) -> set[tuple[int, torch.dtype]]:
         """Widths and dtypes of the decoder's root-mean-square norms."""
-        norms = [module for module in _decoder(model).modules() if type(module).__name__.endswith("RMSNorm")]
-        weights = [getattr(module, "weight", None) for module in norms]
+        weights = [getattr(module, "weight", None) for module in rms_norms(model)]
         return {(weight.shape[-1], weight.dtype) for weight in weights if isinstance(weight, Tensor)}
 
     @staticmethod
@@ -79,24 +72,6 @@ class LeanForward:
         return found
 
 
-def _decoder(model: Any) -> nn.Module:
-    try:
-        decoder = model.get_decoder()
-    except (AttributeError, NotImplementedError, TypeError):
-        return model  # type: ignore[no-any-return]
-    return decoder if isinstance(decoder, nn.Module) else model
-
-
-def _is_feed_forward(module: nn.Module) -> bool:
-    """A module named so, of linear layers and activations without weights, as wide at the end as at the beginning."""
-    if not type(module).__name__.lower().endswith(("mlp", "feedforward")):
-        return False
-    leaves = [child for child in module.modules() if child is not module]
-    linear = [child for child in leaves if isinstance(child, nn.Linear)]
-    others = [child for child in leaves if not isinstance(child, _PLAIN)]
-    return bool(linear) and not any(True for child in others for _ in child.parameters())
-
-
 def _width(module: nn.Module) -> int:
     linear = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
     return int(linear.in_features if linear is not None else next(module.parameters()).shape[-1])
@@ -119,8 +94,7 @@ def _sliced(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
     from autoglm_lab.engine.norm_kernel import rms_norm
 
-    weight: Any = module.weight
-    epsilon = float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+    weight, epsilon = norm_of(module)
 
     def run(hidden: Tensor) -> Tensor:
         return rms_norm(hidden, weight, epsilon)
@@ -137,7 +111,7 @@ def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) ->
     given = torch.randn(1, tokens, width, generator=generator, device=parameter.device).to(parameter.dtype)
     try:
         expected, result = module(given), forward(given)
-    except (RuntimeError, TypeError, AttributeError, ValueError):
+    except Exception:  # noqa: BLE001 - a stand-in that fails, for whatever reason, does not stand in
         return False
     if expected.shape != result.shape or expected.dtype != result.dtype:
         return False

@@ -124,12 +124,13 @@ class PageStore:
         stride: bytes from one page to the next.
 
     Attributes:
+        stride: bytes from one page to the next.
         codes: ``[pages, layers, 2, PAGE_TOKENS, kv_heads, code_width]``.
         scales: ``[pages, layers, 2, PAGE_TOKENS, kv_heads, scale_width]``; None where the format has none.
     """
 
     def __init__(self, form: PageFormat, region: Tensor, stride: int) -> None:
-        self.form, self._region, self._stride = form, region, stride
+        self.form, self._region, self.stride = form, region, stride
         pages = region.numel() // stride
         self.codes = self._view(region.view(form.code_dtype), pages, form.code_width, 0)
         self.scales = None
@@ -139,19 +140,19 @@ class PageStore:
     def _view(self, region: Tensor, pages: int, width: int, offset: int) -> Tensor:
         form, size = self.form, region.dtype.itemsize
         token = form.kv_heads * width
-        strides = (self._stride // size, form.layer_nbytes // size, PAGE_TOKENS * token, token, width, 1)
+        strides = (self.stride // size, form.layer_nbytes // size, PAGE_TOKENS * token, token, width, 1)
         shape = (pages, form.layers, 2, PAGE_TOKENS, form.kv_heads, width)
         return region.as_strided(shape, strides, offset // size)
 
     def raw(self, page: int) -> Tensor:
         """A page as it lies in memory: ``uint8 [form.nbytes]``."""
-        return self._region[page * self._stride : page * self._stride + self.form.nbytes]
+        return self._region[page * self.stride : page * self.stride + self.form.nbytes]
 
     def layer_bytes(self, layer: int) -> Tensor:
         """One layer of every page as it lies in memory: ``int32 [pages, layer_nbytes / 4]``."""
         words, offset = self._region.view(torch.int32), layer * self.form.layer_nbytes // 4
-        shape = (self._region.numel() // self._stride, self.form.layer_nbytes // 4)
-        return words.as_strided(shape, (self._stride // 4, 1), offset)
+        shape = (self._region.numel() // self.stride, self.form.layer_nbytes // 4)
+        return words.as_strided(shape, (self.stride // 4, 1), offset)
 
     def write(self, layer: int, pages: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values ``[batch, new, kv_heads, head_dim]`` at pages and slots ``[batch, new]``."""

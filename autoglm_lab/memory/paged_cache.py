@@ -101,13 +101,19 @@ class PagedCache(Cache):
 
     def commit(self) -> None:
         """The step has ended: its tokens count from now on."""
+        self._let_go()
         for sequence in self.sequences:
             sequence.tokens += self.new_tokens
 
     def roll_back(self) -> None:
         """The step has failed: return the pages that it took."""
+        self._let_go()
         for sequence, tokens in zip(self.sequences, self.before, strict=True):
             sequence.keep(tokens)
+
+    def _let_go(self) -> None:
+        """Layers and cache refer to each other, so this object, and what it holds, lives until Python next collects."""
+        self._latest = None
 
 
 class GraphCache(Cache):

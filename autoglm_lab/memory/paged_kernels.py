@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ _PROGRAMS = 256
 """Parts into which one step's work is cut at least: about two for each multiprocessor of a large card."""
 _MOST_SPLITS = 64
 _LOG2_E = 1.4426950408889634
+_verdicts: dict[tuple[PageFormat, torch.device], str] = {}
+"""By format and device: why the kernels cannot be compiled, or an empty text."""
+_compiling = threading.Lock()
 
 
 class Pages(Protocol):
@@ -40,11 +44,41 @@ class _Pages:
     store: PageStore
 
 
-def available(pool: Pages) -> bool:
-    """Whether the kernels run here, on pages of this format. Without them keys and values are gathered."""
-    dim = pool.form.head_dim
-    fits = dim & (dim - 1) == 0 and 16 <= dim <= 256
-    return fits and _triton() and (pool.store.codes.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+def possible(pool: Pages) -> bool:
+    """Whether there are kernels for pages of this format on their device, as far as it shows without compiling them."""
+    return fits(pool.form) and _triton() and (pool.store.codes.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def available(pool: Pages, heads: int | None = None) -> bool:
+    """Whether the kernels run here, on pages of this format. Without them keys and values are gathered.
+
+    The first call for a format compiles them, and remembers where that cannot be done: no C compiler, say.
+
+    Args:
+        heads: of the queries to come, so that what is compiled is what they need.
+    """
+    if not possible(pool):
+        return False
+    key = pool.form, pool.store.codes.device
+    with _compiling:
+        if key not in _verdicts:
+            try:
+                _compile(pool, heads or pool.form.kv_heads)
+            except Exception as error:  # noqa: BLE001 - whatever Triton lacks here, the plain way works
+                _verdicts[key] = f"{type(error).__name__}: {error}".split("\n")[0]
+            else:
+                _verdicts[key] = ""
+        return not _verdicts[key]
+
+
+def why_not(pool: Pages) -> str:
+    """Why the kernels could not be compiled; empty where they could, or were not asked for."""
+    return _verdicts.get((pool.form, pool.store.codes.device), "")
+
+
+def fits(form: PageFormat) -> bool:
+    """Whether the kernels can be had for pages of this format."""
+    return form.head_dim & (form.head_dim - 1) == 0 and 16 <= form.head_dim <= 256
 
 
 def write(pool: Pages, layer: int, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
@@ -98,7 +132,7 @@ def attend(pool: Pages, layer: int, query: Tensor, scale: float, table: Tensor, 
     codes, scales, strides = _layer_of(pool, layer)
     batch, heads, _, dim = query.shape
     group = heads // form.kv_heads
-    splits = min(_MOST_SPLITS, 1 << max(1, _PROGRAMS // (batch * form.kv_heads)).bit_length() - 1)
+    splits = splits_of(batch, form.kv_heads)
     partial = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=query.device)
     sums = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=query.device)
     kernels.attend_kernel[(batch, form.kv_heads, splits)](
@@ -113,10 +147,15 @@ def attend(pool: Pages, layer: int, query: Tensor, scale: float, table: Tensor, 
     return result
 
 
-def compile_for(form: PageFormat, stride: int, heads: int, device: torch.device) -> None:
-    """Compile the kernels for pages of this format, ``stride`` bytes apart, so that the first step finds them."""
-    region = torch.zeros(2 * stride, dtype=torch.uint8, device=device)
-    pages = _Pages(form, PageStore(form, region, stride))
+def splits_of(batch: int, kv_heads: int) -> int:
+    """Parts into which the tokens of each row are cut in `attend`."""
+    return min(_MOST_SPLITS, 1 << max(1, _PROGRAMS // (batch * kv_heads)).bit_length() - 1)
+
+
+def _compile(pool: Pages, heads: int) -> None:
+    """Run every kernel once, on pages of its own that are like the pool's, so that the first step finds them."""
+    form, stride, device = pool.form, pool.store.stride, pool.store.codes.device
+    pages = _Pages(form, PageStore(form, torch.zeros(2 * stride, dtype=torch.uint8, device=device), stride))
     new = torch.zeros(1, form.kv_heads, 1, form.head_dim, dtype=form.dtype, device=device)
     query = torch.zeros(1, heads, 1, form.head_dim, dtype=form.dtype, device=device)
     table, lengths = (torch.ones(shape, dtype=torch.int32, device=device) for shape in ((1, 1), (1,)))
