@@ -21,12 +21,14 @@ class PlanRow:
 
     Attributes:
         counts: what is counted, or why it is an estimate; in a sentence.
+        spare: it is there only while there is room, and goes where memory is short.
     """
 
     name: str
     kind: RowKind
     nbytes: int
     counts: str = ""
+    spare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,13 @@ class PhasePlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the driver will show for this process at most."""
+        """Bytes that the driver will show for this process at most, where there is room for all of it."""
         return sum(row.nbytes for row in self.rows)
+
+    @property
+    def needed(self) -> int:
+        """Bytes without which it does not go: those that would make way are left out."""
+        return sum(row.nbytes for row in self.rows if not row.spare)
 
     def of_kind(self, kind: RowKind) -> int:
         return sum(row.nbytes for row in self.rows if row.kind == kind)
@@ -62,7 +69,7 @@ class Alternative:
         change: the settings that differ, as a person writes them.
         costs: in speed and quality, in a sentence.
         lossy: whether answers may differ.
-        nbytes: the largest phase under it.
+        nbytes: what the largest phase needs under it.
         frees: bytes less than under the policy that was asked for.
         fits: whether it fits the limit.
     """
@@ -115,13 +122,13 @@ class Plan:
 
     @property
     def largest(self) -> PhasePlan:
-        """The phase with the highest peak: it decides."""
-        return max(self.phases, key=lambda phase: phase.nbytes)
+        """The phase that needs most: it decides."""
+        return max(self.phases, key=lambda phase: phase.needed)
 
     @property
     def margin(self) -> int:
         """Bytes that stay free in the largest phase; negative: bytes that are missing."""
-        return self.limit - self.largest.nbytes
+        return self.limit - self.largest.needed
 
     @property
     def fits(self) -> bool:
@@ -175,8 +182,15 @@ class Plan:
                 {
                     "name": phase.name,
                     "nbytes": phase.nbytes,
+                    "needed": phase.needed,
                     "rows": [
-                        {"name": row.name, "kind": row.kind, "nbytes": row.nbytes, "counts": row.counts}
+                        {
+                            "name": row.name,
+                            "kind": row.kind,
+                            "nbytes": row.nbytes,
+                            "counts": row.counts,
+                            "spare": row.spare,
+                        }
                         for row in phase.rows
                     ],
                 }

@@ -52,14 +52,14 @@ def _tried(planner: Planner, plan: Plan, changes: tuple[_Change, ...]) -> tuple[
     for change in changes:
         policy = policy.replace(**change.settings)
     other = planner.plan(policy, plan.workload, search=False)
-    nbytes = other.largest.nbytes
+    nbytes = other.largest.needed
     return Alternative(
         policy=policy,
         change=" and ".join(change.written for change in changes),
         costs="; ".join(change.costs for change in changes),
         lossy=any(change.lossy for change in changes),
         nbytes=nbytes,
-        frees=plan.largest.nbytes - nbytes,
+        frees=plan.largest.needed - nbytes,
         fits=nbytes <= plan.limit,
     ), sum(4**change.rank for change in changes)
 

@@ -17,13 +17,14 @@ _COLOURS = {"fits": "#2e8b57", "fits with changes": "#c98a1b", "does not fit": "
 def text(plan: Plan) -> str:
     """The verdict in a sentence, a row for each owner with a column for each phase, then what would help."""
     names = row_names(plan)
-    width = max(len(name) for name in (*names, "largest phase"))
+    width = max(len(name) for name in (*names, "with what may go"))
     lines = [_sentence(plan), f"  {_circumstances(plan)}"]
     lines.append(f"  {'':<{width}}" + "".join(f"{phase.name:>12}" for phase in plan.phases))
     for name in names:
         cells = [phase.of(name) for phase in plan.phases]
         lines.append(f"  {name:<{width}}" + "".join(f"{format_bytes(cell) if cell else '–':>12}" for cell in cells))
-    lines.append(f"  {'peak':<{width}}" + "".join(f"{format_bytes(phase.nbytes):>12}" for phase in plan.phases))
+    for name, sums in _sums(plan):
+        lines.append(f"  {name:<{width}}" + "".join(f"{one:>12}" for one in sums))
     lines += [f"  {one}" for one in (*plan.why.splitlines(), *_advice(plan))]
     lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
@@ -44,8 +45,9 @@ def html(plan: Plan) -> str:
             f'<tr><td style="text-align:left">{escape(name)}</td>{cells}'
             f'<td style="text-align:left">{escape(counts)}</td></tr>'
         )
-    peaks = "".join(f'<td style="text-align:right"><b>{format_bytes(one.nbytes)}</b></td>' for one in plan.phases)
-    body.append(f'<tr><td style="text-align:left"><b>peak</b></td>{peaks}<td></td></tr>')
+    for name, sums in _sums(plan):
+        cells = "".join(f'<td style="text-align:right"><b>{one}</b></td>' for one in sums)
+        body.append(f'<tr><td style="text-align:left"><b>{name}</b></td>{cells}<td></td></tr>')
     rest = "".join(f"<div>{escape(one)}</div>" for one in (*plan.why.splitlines(), *_advice(plan)))
     notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in plan.notes)
     return (
@@ -56,6 +58,12 @@ def html(plan: Plan) -> str:
     )
 
 
+def _sums(plan: Plan) -> list[tuple[str, list[str]]]:
+    needed = "needed", [format_bytes(phase.needed) for phase in plan.phases]
+    peak = "with what may go", [format_bytes(phase.nbytes) for phase in plan.phases]
+    return [needed] if needed[1] == peak[1] else [needed, peak]
+
+
 def row_names(plan: Plan) -> list[str]:
     """The names of all rows, in the order they first appear."""
     return list(dict.fromkeys(row.name for phase in plan.phases for row in phase.rows if row.nbytes))
@@ -63,7 +71,7 @@ def row_names(plan: Plan) -> list[str]:
 
 def _sentence(plan: Plan) -> str:
     largest, limit = plan.largest, format_bytes(plan.limit)
-    peak = f"{format_bytes(largest.nbytes)} in {largest.name}, of {limit}"
+    peak = f"{format_bytes(largest.needed)} in {largest.name}, of {limit}"
     if plan.fits:
         return f"{plan.model} fits: {peak}; {format_bytes(plan.margin)} to spare"
     return f"{plan.model} {plan.verdict}: {peak}; {format_bytes(-plan.margin)} missing"
@@ -75,12 +83,12 @@ def _circumstances(plan: Plan) -> str:
 
 
 def _advice(plan: Plan) -> list[str]:
-    shown = [_told(one) for one in plan.alternatives[:_SHOWN]]
-    return (
-        ["what would help:" if plan.verdict == "fits with changes" else "what would help, though not enough:", *shown]
-        if shown
-        else []
-    )
+    if plan.fits:
+        return []
+    if not plan.alternatives:
+        return ["nothing in the policy frees enough: a smaller model, image or prompt, or a larger device"]
+    head = "what would help:" if plan.verdict == "fits with changes" else "what would help, though not enough:"
+    return [head, *(_told(one) for one in plan.alternatives[:_SHOWN])]
 
 
 def _told(one: Alternative) -> str:

@@ -6,12 +6,12 @@ own code on tensors without data (`activations`), the rest from constants of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from autoglm_lab.memory.activations import Activations, Peak
+from autoglm_lab.memory.activations import Activations, Medium, Peak, Steps, Work
 from autoglm_lab.memory.device_constants import PlanDevice
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.plan import PhasePlan, Plan, PlannedPhase, PlanRow
@@ -24,17 +24,7 @@ from autoglm_lab.policy import MemoryPolicy
 
 _CHUNK = 2 << 20
 _GRAIN = 512
-_NEEDS = {"vision": "images", "audio": "audio_seconds"}
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A workload as the policy lets it happen: tokens of the prompt, of all that is kept, and of one step."""
-
-    prompt: int
-    kept: int
-    media: int
-    chunk: int
+_NEEDS: dict[Medium, str] = {"vision": "images", "audio": "audio_seconds"}
 
 
 class Planner:
@@ -72,8 +62,8 @@ class Planner:
         Args:
             search: also look for alternatives where it does not fit.
         """
-        request, notes = self._request(policy, workload)
-        phases = self._phases(policy, workload, request)
+        steps, notes = self._request(policy, workload)
+        phases = self._phases(policy, workload, steps)
         limit = self.device.free if policy.budget is None else min(policy.budget, self.device.free)
         plan = Plan(
             model=self.name,
@@ -100,26 +90,29 @@ class Planner:
 
     # phases
 
-    def _phases(self, policy: MemoryPolicy, workload: Workload, request: _Request) -> tuple[PhasePlan, ...]:
+    def _phases(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> tuple[PhasePlan, ...]:
         media = self._media(workload)
-        always = [name for name in self._weights if name not in _NEEDS]
-        kept = [*always, *(name for name in _NEEDS if name in self._weights and _residency(policy, name) == "keep")]
+        kept = [name for name in self._weights if name not in _NEEDS or _residency(policy, name) == "keep"]
         needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]
-        outputs = self._activations.features(workload, media)
-        stored = min(outputs, policy.kv.encoder_bytes)
+        work = self._activations.work(steps, workload, media)
+        idle = self._kv(steps, steps.kept) * (workload.conversations - 1)
         phases = [self._phase("load", kept, self._fixed(loading=True))]
-        idle = self._kv(policy, request.kept) * (workload.conversations - 1)
-        if media:
-            peak = self._activations.encode(workload, media)
-            rows = [*self._fixed(), *self._kv_rows(policy, self._in_chunks(idle), "KV, other conversations")]
-            phases.append(self._phase("encode", needed, [*rows, *_work(peak)]))
-        read = self._in_chunks(idle + self._kv(policy, request.prompt))
-        peak = self._activations.prefill(policy.kv, request.prompt, request.chunk)
-        rows = [*self._fixed(), *self._kv_rows(policy, read), *_encoder_rows(outputs), *_work(peak)]
+        if work.encode is not None:
+            rows = self._kv_rows(policy, idle, "KV, other conversations")
+            phases.append(self._phase("encode", needed, [*self._fixed(), *rows, *_work(work.encode)]))
+        own = [PlanRow("KV", "kv", work.own_cache * workload.conversations, "transformers' own cache")]
+        rows = own if steps.form is None else self._kv_rows(policy, idle + self._kv(steps, steps.prompt))
+        rows = [*self._fixed(), *rows, *_encoder_rows(work.features), *_work(work.prefill)]
         phases.append(self._phase("prefill", needed, rows))
-        written = self._in_chunks(self._kv(policy, request.kept) * workload.conversations)
-        rows = [*self._fixed(), *self._kv_rows(policy, written), *_encoder_rows(stored)]
-        rows += self._decode_rows(policy, workload, request)
+        written = self._kv(steps, steps.kept) * workload.conversations
+        rows = own if steps.form is None else self._kv_rows(policy, written)
+        rows = [*self._fixed(), *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
+        rows += [*self._graph_rows(steps, work), *_work(work.decode)]
+        rows += [
+            PlanRow(name, "weights", self._weights[name], "goes where memory is short, or when its time is over", True)
+            for name in needed
+            if name not in kept
+        ]
         phases.append(self._phase("decode", kept, rows))
         return tuple(phases)
 
@@ -140,17 +133,17 @@ class Planner:
             PlanRow("driver growth", "context", grown, f"kernels and streams, {told}"),
         ]
 
-    def _decode_rows(self, policy: MemoryPolicy, workload: Workload, request: _Request) -> list[PlanRow]:
-        graphs = self.device.kind == "cuda" and policy.kv.graphs and self._form(policy) is not None
-        if graphs:
-            nbytes = self._activations.graphs(workload.conversations)
-            rows = [PlanRow("decode graphs", "owner", nbytes, "working memory of captured decode steps")]
-            return [*rows, PlanRow("decode graphs' page", "owner", self._page_bytes(policy), "of empty rows")]
-        return _work(self._activations.decode(workload.conversations, request.kept))
+    def _graph_rows(self, steps: Steps, work: Work) -> list[PlanRow]:
+        if not steps.graphs or steps.form is None:
+            return []
+        return [
+            PlanRow("decode graphs", "owner", work.graphs, "working memory of captured decode steps"),
+            PlanRow("decode graphs' page", "owner", self._stride(steps.form), "of their empty rows"),
+        ]
 
     # parts
 
-    def _request(self, policy: MemoryPolicy, workload: Workload) -> tuple[_Request, list[str]]:
+    def _request(self, policy: MemoryPolicy, workload: Workload) -> tuple[Steps, list[str]]:
         notes: list[str] = []
         limits = [self.kv_tokens(policy), self._context_tokens()]
         limit = min((one for one in limits if one is not None), default=None)
@@ -167,9 +160,11 @@ class Planner:
         chunk = policy.kv.chunk
         if policy.kv.overflow == "window" and self.kv_tokens(policy) is not None:
             chunk = max(1, min(chunk, (kept - policy.kv.sinks) // 2))
-        return _Request(prompt, kept, 0, chunk), notes
+        form = self._form(policy)
+        graphs = self.device.kind == "cuda" and policy.kv.graphs and form is not None
+        return Steps(form, prompt, kept, chunk, workload.conversations, graphs), notes
 
-    def _media(self, workload: Workload) -> list[str]:
+    def _media(self, workload: Workload) -> list[Medium]:
         return [name for name, field in _NEEDS.items() if getattr(workload, field) and name in self._weights]
 
     def _form(self, policy: MemoryPolicy) -> PageFormat | None:
@@ -179,23 +174,17 @@ class Planner:
         grain = _GRAIN if self.device.kind == "cuda" else 4096
         return -(-form.nbytes // grain) * grain
 
-    def _page_bytes(self, policy: MemoryPolicy) -> int:
-        form = self._form(policy)
-        return 0 if form is None else self._stride(form)
-
-    def _kv(self, policy: MemoryPolicy, tokens: int) -> int:
-        """Bytes of one conversation's keys and values."""
-        form = self._form(policy)
-        if form is None:
-            return self._activations.own_cache(tokens)
-        return -(-tokens // PAGE_TOKENS) * self._stride(form)
+    def _kv(self, steps: Steps, tokens: int) -> int:
+        """Bytes of one conversation's keys and values in pages."""
+        return 0 if steps.form is None else -(-tokens // PAGE_TOKENS) * self._stride(steps.form)
 
     def _in_chunks(self, nbytes: int) -> int:
         return -(-nbytes // _CHUNK) * _CHUNK if self.device.kind == "cuda" else nbytes
 
     def _kv_rows(self, policy: MemoryPolicy, nbytes: int, name: str = "KV") -> list[PlanRow]:
         on_host = policy.kv.place == "host" and self.device.kind == "cuda"
-        return [] if on_host else [PlanRow(name, "kv", nbytes, "keys and values in whole pages")]
+        nbytes = self._in_chunks(nbytes)
+        return [] if on_host or not nbytes else [PlanRow(name, "kv", nbytes, "keys and values in whole pages")]
 
     def _context_tokens(self) -> int | None:
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -246,4 +235,7 @@ def _work(peak: Peak) -> list[PlanRow]:
     return [
         PlanRow("activations", "activations", peak.allocated, "tensors of a step, traced on the model's own code"),
         PlanRow("allocator cache", "allocator cache", peak.cached, "what the allocator holds around them"),
+        PlanRow(
+            "left in the cache", "allocator cache", peak.left, "of earlier phases; goes where memory is short", True
+        ),
     ]
