@@ -24,6 +24,8 @@ from autoglm_lab.memory.tape import Tape
 
 _MOST_REAL = 1 << 20
 """Elements of the largest tensor that is real."""
+_FEW = 4096
+"""Elements of inputs that cannot make a large tensor, but for a mask of every pair."""
 
 
 def without_data(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -70,7 +72,8 @@ class Recorder(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(isinstance(one, FakeTensor) for one in given):
             return self._indexed(func, args, kwargs)
-        if given and sum(one.numel() for one in given) <= 4096:
+        views = any(one.alias_info is not None for one in func._schema.returns)  # noqa: SLF001 - told nowhere else
+        if given and (views or sum(one.numel() for one in given) <= _FEW):
             return func(*args, **kwargs)
         faked_args, faked_kwargs = tree_map_only(Tensor, self._mode.from_tensor, (args, kwargs))
         try:
@@ -149,7 +152,7 @@ class DeviceAttention(TorchFunctionMode):
             return flash(query, value)
         grouped = query.shape[1] != key.shape[1]
         if self._kind == "cpu" or not grouped:
-            bias = _bias(attn_mask, query)
+            bias = _bias(attn_mask, query, 1 if self._kind == "cpu" else 8)
             made = flash(query, value) if self._kind == "cpu" else query.new_empty(*query.shape[:-1], value.shape[-1])
             del bias
             return made
@@ -173,11 +176,11 @@ def flash(query: Tensor, value: Tensor) -> Tensor:
     return result
 
 
-def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+def _bias(mask: Tensor | None, query: Tensor, multiple: int = 1) -> Tensor | None:
     if mask is None:
         return None
     bias = mask.to(query.dtype) if mask.dtype == torch.bool else mask
-    short = -bias.shape[-1] % 8
+    short = -bias.shape[-1] % multiple
     return functional.pad(bias, (0, short)) if short else bias
 
 
