@@ -5,7 +5,7 @@ Every combination of the settings that cost something is put in an order, and th
 1. quality: the whole workload kept before a part of it; then keys and values as the model computes them before int8
    before int4;
 2. speed: a smaller chunk of the prompt costs least, then an encoder on demand that the workload does not need, then one
-   that it needs, then keys and values on the host, then decoding without captured graphs;
+   that it needs, then keys and values on the host;
 3. headroom: what is left goes to the conversations, as the most tokens that each may grow to.
 """
 
@@ -81,25 +81,24 @@ def choose(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Choice
     plain = planner.plan(policy, workload, search=False)
     kinds = _kinds(planner, policy, workload)
     ways = sorted(product(*kinds), key=lambda way: sum(option.slower for option in way))
-    frugal = _frugal(kinds)
-    leanest: Plan | None = None
-    for quality in _qualities(planner, policy, workload):
-        tried = policy.replace(**quality.settings)
-        plans = (_of(planner, tried, way, workload) for way in frugal)
-        least = min(plans, key=lambda plan: plan.largest.nbytes)
-        if leanest is None or least.largest.nbytes < leanest.largest.nbytes:
-            leanest = least
-        if not _fits(least):
+    frugal, qualities = _frugal(kinds), list(_qualities(planner, policy, workload))
+
+    def least(qualities: Iterable[_Option], workload: Workload) -> Plan:
+        plans = [_of(planner, policy, (quality, *way), workload) for quality in qualities for way in frugal]
+        return min(plans, key=lambda plan: plan.largest.needed)
+
+    if not _fits(least(qualities[-len(_PRECISIONS) :], workload)):
+        leanest = min((least([quality], workload) for quality in qualities), key=lambda plan: plan.largest.needed)
+        smaller = (told for told, less in _smaller(workload) if _fits(least(qualities[:1], less)))
+        return _none(leanest, next(smaller, None))
+    for quality in qualities:
+        if not _fits(least([quality], workload)):
             continue
         for way in ways:
-            plan = _of(planner, tried, way, workload)
+            plan = _of(planner, policy, (quality, *way), workload)
             if _fits(plan):
                 return _chosen(planner, plan, (quality, *way), plain)
-    assert leanest is not None
-    smaller = (
-        told for told, less in _smaller(workload) if any(_fits(_of(planner, policy, way, less)) for way in frugal)
-    )
-    return _none(leanest, next(smaller, None))
+    raise AssertionError("the leanest policy fits and is one of those that were tried")
 
 
 def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Plan) -> Choice:
@@ -110,7 +109,7 @@ def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Pla
     what = " and ".join(option.written for option in used) or "the settings as they are"
     grow = "" if bound is None else f"; kv.max_tokens={bound:,} is what a conversation may grow to"
     first = (
-        f"Chosen: {what}: {format_bytes(plan.largest.nbytes)} in {plan.largest.name} of {format_bytes(plan.limit)}, "
+        f"Chosen: {what}: {format_bytes(plan.largest.needed)} in {plan.largest.name} of {format_bytes(plan.limit)}, "
         f"{format_bytes(plan.margin)} to spare{grow}."
     )
     if not used:
@@ -126,10 +125,10 @@ def _none(leanest: Plan, smaller: str | None) -> Choice:
     largest = leanest.largest
     first = (
         f"No policy fits {format_bytes(leanest.limit)} with {SPARE:.0%} to spare: the leanest needs "
-        f"{format_bytes(largest.nbytes)} in {largest.name}, {format_bytes(largest.of_kind('weights'))} of it weights; "
+        f"{format_bytes(largest.needed)} in {largest.name}, {format_bytes(largest.of_kind('weights'))} of it weights; "
         f"{format_bytes(_missing(leanest))} are missing."
     )
-    enough = -(-round(largest.nbytes / (1 - SPARE)) // _ROUND) * _ROUND
+    enough = -(-round(largest.needed / (1 - SPARE)) // _ROUND) * _ROUND
     budget = f"a budget of {format_bytes(enough)}"
     second = f"One change would do: {smaller}, or {budget}." if smaller else f"One change would do: {budget}."
     return _told(leanest, first, second)
@@ -146,7 +145,7 @@ def _fits(plan: Plan) -> bool:
 
 
 def _missing(plan: Plan) -> int:
-    return plan.largest.nbytes - round(plan.limit * (1 - SPARE))
+    return plan.largest.needed - round(plan.limit * (1 - SPARE))
 
 
 def _of(planner: Planner, policy: MemoryPolicy, way: _Way, workload: Workload) -> Plan:
@@ -195,19 +194,16 @@ def _kinds(planner: Planner, policy: MemoryPolicy, workload: Workload) -> list[l
         if name in planner.modules and policy.module(name).residency == "keep":
             settings = {"modules": {name: "on-demand"}}
             kinds.append([as_is, _Option(settings, f"modules.{name}='on-demand'", what, 8 if asked else 4)])
-    on_gpu = planner.device.kind == "cuda"
-    if on_gpu and kv.place == "device":
+    if planner.device.kind == "cuda" and kv.place == "device":
         on_host = _Option({"kv": {"place": "host"}}, "kv.place='host'", "long contexts decode slower", 32)
         kinds.append([as_is, on_host])
-    if on_gpu and kv.graphs:
-        plain = _Option({"kv": {"graphs": False}}, "kv.graphs=False", "decoding is several times slower", 64)
-        kinds.append([as_is, plain])
     return kinds
 
 
 def _frugal(kinds: Sequence[Sequence[_Option]]) -> list[_Way]:
-    """Combinations of which one needs least: every encoder on demand. A smaller chunk may need more."""
-    return list(product(*(kind[-1:] if "modules" in kind[-1].settings else kind for kind in kinds)))
+    """Combinations of which one needs least: the last of every setting, but a smaller chunk may need more."""
+    chunks, *others = kinds
+    return [(chunk, *(kind[-1] for kind in others)) for chunk in chunks]
 
 
 def _bound(planner: Planner, plan: Plan) -> int | None:

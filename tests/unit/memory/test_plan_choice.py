@@ -33,7 +33,7 @@ def choose_for(phone: Outline, budget: int | str, workload: Workload = PHONE_STE
 
 def just_fits(planner: Planner, workload: Workload, **settings: object) -> int:
     """The least budget under which ``settings`` may be chosen."""
-    needed = planner.plan(MemoryPolicy(**settings), workload, search=False).largest.nbytes
+    needed = planner.plan(MemoryPolicy(**settings), workload, search=False).largest.needed
     return round(needed / (1 - SPARE)) + 64
 
 
@@ -51,7 +51,7 @@ def test_a_card_of_24_gib_takes_the_phone_step_without_giving_anything_up(phone)
 def test_where_nothing_fits_it_says_by_how_much_and_which_budget_would(phone, card):
     choice = choose_for(phone, card)
     assert not choice.fits
-    needed = choice.plan.largest.nbytes
+    needed = choice.plan.largest.needed
     first, second = choice.why.splitlines()
     assert f"the leanest needs {format_bytes(needed)}" in first
     assert f"{format_bytes(needed - round(choice.plan.limit * (1 - SPARE)))} are missing" in first
@@ -64,7 +64,7 @@ def test_where_nothing_fits_it_says_by_how_much_and_which_budget_would(phone, ca
 
 def test_fewer_conversations_are_named_where_that_alone_would_do(tiny):
     lean = {"modules": {"vision": "on-demand", "audio": "on-demand"}}
-    one, many = Workload(context=3800, new_tokens=200), Workload(context=3800, new_tokens=200, conversations=64)
+    one, many = Workload(context=3800, new_tokens=200), Workload(context=3800, new_tokens=200, conversations=640)
     budget = min(just_fits(tiny, one, **lean, kv={"chunk": size}) for size in (2048, 1024, 512, 256))
     choice = choose(tiny, MemoryPolicy(budget=budget), many)
     assert not choice.fits
@@ -86,7 +86,7 @@ def test_quality_comes_before_speed(tiny, share):
         for modules in ({"vision": "keep"}, {"vision": "on-demand", "audio": "on-demand"})
         for chunk in (2048, 1024, 512, 256)
     ]
-    assert not [plan for plan in exacter if plan.largest.nbytes <= plan.limit * (1 - SPARE)]
+    assert not [plan for plan in exacter if plan.largest.needed <= plan.limit * (1 - SPARE)]
     assert choice.policy.kv.max_tokens is None or choice.policy.kv.max_tokens >= MANY.context + MANY.new_tokens
 
 
@@ -137,7 +137,7 @@ def test_a_conversation_may_grow_into_what_is_left(phone):
     def needs(tokens: int) -> int:
         workload = Workload(context=tokens - PHONE_STEP.new_tokens, images=1)
         free = choice.policy.replace(kv={"max_tokens": None})
-        return predict.plan(free, workload, search=False).largest.nbytes
+        return predict.plan(free, workload, search=False).largest.needed
 
     limit = round(choice.plan.limit * (1 - SPARE))
     assert needs(bound) <= limit < needs(bound + 512)
