@@ -1,14 +1,15 @@
-"""The command `autoglm-lab`: lab, demo, bench, doctor."""
+"""The command `autoglm-lab`: lab, demo, plan, bench, doctor."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -107,6 +108,70 @@ def demo(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id that is in the local cache.")],
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What the process may use: 24GiB. Default: all that is free.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help='A card ("RTX 4090"), cuda or cpu. Default: what is here.')
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, those of its images included.")] = 8192,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
+    images: Annotated[int, typer.Option(min=0, help="Images in the prompt.")] = 0,
+    image_size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")] = "1080x2400",
+    audio_seconds: Annotated[float, typer.Option(min=0.0, help="Length of a sound in the prompt.")] = 0.0,
+    conversations: Annotated[int, typer.Option(min=1, help="Kept at the same time, each as long.")] = 1,
+    policy_file: Annotated[
+        str | None, typer.Option("--policy", metavar="FILE", help="Settings as YAML, or auto for the best that fits.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the plan to this file.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a policy that fits to this file, as YAML.")
+    ] = None,
+) -> None:
+    """Whether a model fits, before anything is loaded, and what would make it fit. Exit code 1: it does not."""
+    size = re.fullmatch(r"(\d+)[xX](\d+)", image_size)
+    if size is None:
+        raise LabError(f"cannot read --image-size {image_size!r}: write for example 1080x2400")
+    for file in (json_file, export):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise LabError(f"cannot write {file}: its folder does not exist")
+    from autoglm_lab.policy import MemoryPolicy
+    from autoglm_lab.workbench import plan as planned
+
+    policy: Any = policy_file
+    if policy_file is not None and policy_file != "auto":
+        if not Path(policy_file).is_file():
+            raise LabError(f"there is no file {policy_file}: --policy is a file of YAML, or auto")
+        policy = MemoryPolicy.from_yaml(Path(policy_file))
+    found = planned(
+        model,
+        policy,
+        budget=budget,
+        device=device,
+        context=context,
+        new_tokens=new_tokens,
+        images=images,
+        image_size=(int(size[1]), int(size[2])),
+        audio_seconds=audio_seconds,
+        conversations=conversations,
+    )
+    typer.echo(str(found))
+    if json_file is not None:
+        _write(found.to_dict(), json_file)
+    fitting = found.policy if found.fits else next((one.policy for one in found.alternatives if one.fits), None)
+    if export is not None:
+        if fitting is None:
+            raise LabError(f"nothing was written to {export}: no policy fits")
+        _write_text(fitting.to_yaml(), export)
+        typer.echo(f"wrote {export}: lab.load({model!r}, policy=lab.MemoryPolicy.from_yaml(Path({str(export)!r})))")
+    raise typer.Exit(0 if found.fits else 1)
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What this machine has, what is too old or missing, and how to get it."""
     from autoglm_lab.doctor import examine
@@ -121,7 +186,11 @@ def _json(data: object) -> str:
 
 
 def _write(data: object, file: Path) -> None:
+    _write_text(_json(data) + "\n", file)
+
+
+def _write_text(text: str, file: Path) -> None:
     try:
-        file.write_text(_json(data) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise LabError(f"cannot write {file}: {error.strerror}") from None

@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from autoglm_lab.memory.plan import Alternative, Plan
-from autoglm_lab.policy import MemoryPolicy
 
 if TYPE_CHECKING:
     from autoglm_lab.memory.planner import Planner
@@ -33,18 +32,22 @@ class _Change:
 
 
 def alternatives(planner: Planner, plan: Plan) -> tuple[Alternative, ...]:
-    """Policies that need less than ``plan``: those that fit first, in the order of what they cost, then by bytes.
+    """Policies that need less than ``plan``: those that fit first, the cheapest and mildest of them before the others.
 
-    Pairs are looked at only where no single change fits.
+    Pairs are looked at only where no single change fits, and only those that free more than either of their changes.
     """
-    changes = list(_changes(planner, plan))
-    found = [_tried(planner, plan, (change,)) for change in changes]
+    tried = [(change, *_tried(planner, plan, (change,))) for change in _changes(planner, plan)]
+    useful = [entry for entry in tried if entry[1].frees > 0]
+    found = [(one, rank) for _, one, rank in useful]
     if not any(one.fits for one, _ in found):
-        compatible = [pair for pair in combinations(changes, 2) if not _touch_the_same(*pair)]
-        found += [_tried(planner, plan, pair) for pair in compatible]
-    useful = [(one, rank) for one, rank in found if one.frees > 0]
-    useful.sort(key=lambda entry: (not entry[0].fits, entry[1] if entry[0].fits else 0, entry[0].nbytes))
-    return tuple(one for one, _ in useful)
+        for (change, one, _), (other_change, other, _) in combinations(useful, 2):
+            if _touch_the_same(change, other_change):
+                continue
+            both, rank = _tried(planner, plan, (change, other_change))
+            if both.frees > max(one.frees, other.frees):
+                found.append((both, rank))
+    found.sort(key=lambda entry: (0, entry[1], entry[0].frees) if entry[0].fits else (1, entry[0].nbytes, entry[1]))
+    return tuple(one for one, _ in found)
 
 
 def _tried(planner: Planner, plan: Plan, changes: tuple[_Change, ...]) -> tuple[Alternative, int]:
@@ -107,11 +110,3 @@ def _touch_the_same(one: _Change, other: _Change) -> bool:
         return {(part, name) for part, value in settings.items() for name in value}
 
     return bool(names(one.settings) & names(other.settings))
-
-
-def fitting(planner: Planner, plan: Plan) -> MemoryPolicy | None:
-    """The best policy that fits: the plan's own, else its first alternative that does; None: none is known."""
-    if plan.fits:
-        return plan.policy
-    del planner
-    return next((one.policy for one in plan.alternatives if one.fits), None)

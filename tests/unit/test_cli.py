@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import autoglm_lab as lab
 from autoglm_lab import cli
-from autoglm_lab.errors import LoadError
+from autoglm_lab.errors import LabError, LoadError
 
 runner = CliRunner()
 
@@ -31,7 +31,7 @@ def test_version() -> None:
 
 def test_the_help_lists_the_commands() -> None:
     text = runner.invoke(cli.app, ["--help"]).output
-    assert all(name in text for name in ("lab", "demo", "bench", "doctor"))
+    assert all(name in text for name in ("lab", "demo", "plan", "bench", "doctor"))
 
 
 def test_doctor_prints_json() -> None:
@@ -109,3 +109,37 @@ def test_without_a_checkout_the_notebooks_are_copied_and_kept(tmp_path: Path, mo
     assert notebook.read_text() == "{}"
     notebook.write_text("mine")
     assert cli._notebook().read_text() == "mine"
+
+
+def test_plan_prints_writes_json_and_exports_a_policy_that_fits(tmp_path: Path) -> None:
+    model = ["plan", "autoglm-phone-9b", "--context", "16384"]
+    report, policy = tmp_path / "plan.json", tmp_path / "policy.yaml"
+    done = runner.invoke(cli.app, [*model, "--budget", "24GiB", "--json", str(report), "--export", str(policy)])
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("autoglm-phone-9b fits: ")
+    data = json.loads(report.read_text())
+    assert data["verdict"] == "fits" and data["workload"]["context"] == 16384
+    assert lab.MemoryPolicy.from_yaml(policy) == lab.MemoryPolicy(budget="24GiB")
+    tight = data["phases"][data["phases"].index(max(data["phases"], key=lambda one: one["needed"]))]["needed"] - 2**28
+    done = runner.invoke(cli.app, [*model, "--budget", str(tight), "--export", str(policy)])
+    assert done.exit_code == 1
+    assert "fits with changes" in done.output and "what would help:" in done.output
+    fitting = lab.MemoryPolicy.from_yaml(policy)
+    assert lab.plan("autoglm-phone-9b", fitting, context=16384).fits
+    again = runner.invoke(cli.app, [*model, "--policy", str(policy)])
+    assert again.exit_code == 0, again.output
+
+
+def test_plan_says_what_it_cannot_do(tmp_path: Path) -> None:
+    def error(*arguments: str) -> str:
+        result = runner.invoke(cli.app, ["plan", "autoglm-tiny", *arguments])
+        assert isinstance(result.exception, LabError)
+        return str(result.exception)
+
+    assert error("--image-size", "big") == "cannot read --image-size 'big': write for example 1080x2400"
+    assert error("--policy", "nowhere.yaml") == "there is no file nowhere.yaml: --policy is a file of YAML, or auto"
+    assert "its folder does not exist" in error("--json", str(tmp_path / "no" / "plan.json"))
+    assert "there is no device or card 'Voodoo'" in error("--device", "Voodoo")
+    nothing = tmp_path / "policy.yaml"
+    assert "no policy fits" in error("--budget", "100MiB", "--device", "cuda", "--export", str(nothing))
+    assert not nothing.exists()
