@@ -168,10 +168,8 @@ class Activations:
         return tape.peak if self._kind == "cpu" else _reserved(tape)
 
     def _graphs(self, steps: Steps) -> int:
-        fitting = next((size for size in BATCH_SIZES if size >= steps.batch), None)
-        sizes = sorted({1, fitting} if fitting is not None else {1})
         pool = AllocatorModel()
-        for size in sizes:
+        for size in captured_batches(steps.batch):
             tape = self._captured(steps.form, size)
             pool.play(tape)
         return pool.reserved + _GRAPH_SCRATCH
@@ -298,6 +296,12 @@ def media_inputs(processor: Any, model: Any, medium: Medium, workload: Workload)
         encoder = model.get_audio_features
     accepted = inspect.signature(encoder).parameters
     return {name: value for name, value in given.items() if name in accepted and isinstance(value, Tensor)}
+
+
+def captured_batches(conversations: int) -> tuple[int, ...]:
+    """Batches whose decode step is captured: one alone, and all together as far as there is a step for so many."""
+    together = next((size for size in BATCH_SIZES if size >= conversations), 1)
+    return (1,) if together == 1 else (1, together)
 
 
 def _telling(chunks: list[tuple[int, int]]) -> list[tuple[int, int]]:

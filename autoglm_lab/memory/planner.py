@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from autoglm_lab.memory.activations import Activations, Medium, Peak, Steps, Work
+from autoglm_lab.memory.activations import Activations, Medium, Peak, Steps, Work, captured_batches
 from autoglm_lab.memory.device_constants import PlanDevice
+from autoglm_lab.memory.host_prefetch import stage_width
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.plan import PhasePlan, Plan, PlannedPhase, PlanRow
 from autoglm_lab.memory.plan_search import alternatives
@@ -107,7 +108,7 @@ class Planner:
         written = self._kv(steps, steps.kept) * workload.conversations
         rows = own if steps.form is None else self._kv_rows(policy, written)
         rows = [*self._fixed(), *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
-        rows += [*self._graph_rows(steps, work), *_work(work.decode)]
+        rows += [*self._graph_rows(policy, steps, work), *_work(work.decode)]
         rows += [
             PlanRow(name, "weights", self._weights[name], "goes where memory is short, or when its time is over", True)
             for name in needed
@@ -131,14 +132,19 @@ class Planner:
             PlanRow("workspaces", "owner", device.workspaces, f"kept by cuBLAS, {told}"),
             PlanRow("context", "context", device.context, f"the process before it holds anything, {told}"),
             PlanRow("driver growth", "context", grown, f"kernels and streams, {told}"),
+            PlanRow("unattributed", "unattributed", device.leftovers, "what no owner answers for, as it is now"),
         ]
 
-    def _graph_rows(self, steps: Steps, work: Work) -> list[PlanRow]:
+    def _graph_rows(self, policy: MemoryPolicy, steps: Steps, work: Work) -> list[PlanRow]:
         if not steps.graphs or steps.form is None:
             return []
+        on_host = policy.kv.place == "host"
+        stage = stage_width(steps.kept) * self._stride(replace(steps.form, layers=1))
+        stages = sum(2 * rows * stage for rows in captured_batches(steps.batch)) if on_host else 0
         return [
             PlanRow("decode graphs", "owner", work.graphs, "working memory of captured decode steps"),
-            PlanRow("decode graphs' page", "owner", self._stride(steps.form), "of their empty rows"),
+            PlanRow("decode graphs' page", "owner", 0 if on_host else self._stride(steps.form), "of their empty rows"),
+            PlanRow("KV stages", "owner", stages, "one layer of every row, while the next one comes from the host"),
         ]
 
     # parts

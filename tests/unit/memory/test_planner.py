@@ -157,6 +157,7 @@ def test_limits_of_keys_and_values_cut_what_is_planned(phone):
     assert "kv.overflow 'refuse' will refuse this: 8,448 tokens are more than 2,048" in refused.notes
     on_host = phone.plan(MemoryPolicy(kv={"place": "host"}), Workload())
     assert not on_host["decode"].of("KV")
+    assert on_host["decode"].of("KV stages") == 2 * 1024 * 16 * 1024
 
 
 def test_what_does_not_fit_says_what_would(phone):
