@@ -132,7 +132,8 @@ class Activations:
         after = self._read(steps, 0, allocator)
         left = max(0, after.reserved - alone.reserved)
         prefill = Peak(alone.allocated - features, alone.reserved - features, left)
-        written = 0 if steps.graphs else self._write(steps)
+        captured = steps.graphs and steps.batch <= BATCH_SIZES[-1]
+        written = 0 if captured else self._write(steps)
         decode = Peak(written, written, max(before, after.reserved) - features)
         graphs = self._graphs(steps) if steps.graphs else 0
         return Work(encode, prefill, decode, features, 0, graphs)

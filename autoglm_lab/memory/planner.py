@@ -161,7 +161,9 @@ class Planner:
                 notes.append(f"{kept:,} tokens are more than the {limit:,} that may be kept: it is cut to that")
             kept, prompt = limit, min(prompt, limit)
         for name, field in _NEEDS.items():
-            if getattr(workload, field) and name in self._weights and _residency(policy, name) == "off":
+            if getattr(workload, field) and name not in self._weights:
+                notes.append(f"this model has no {name}: {field.split('_')[0]} of the workload are left out")
+            elif getattr(workload, field) and _residency(policy, name) == "off":
                 notes.append(f"a request with {field.split('_')[0]} is refused: the policy keeps {name} off")
         chunk = policy.kv.chunk
         if policy.kv.overflow == "window" and self.kv_tokens(policy) is not None:
