@@ -21,7 +21,7 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import EngineClosedError, LabError, LoadError, ModuleError, PolicyError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
-from autoglm_lab.memory.device_constants import plan_device
+from autoglm_lab.memory.device_constants import PlanDevice, plan_device
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.feature_store import FeatureStore
 from autoglm_lab.memory.kv_pool import KvPool
@@ -145,8 +145,10 @@ def plan(
         raise LabError(str(error)) from None
     opened = model if isinstance(model, Workbench) else None
     chosen = _starting(policy, MemoryPolicy() if opened is None else opened.policy, budget)
-    accelerator = None if opened is None else opened.engine.state.accelerator
-    where = plan_device(device, chosen.budget, accelerator)
+    if opened is not None and device is None:
+        where = _device_of(opened, chosen.budget)
+    else:
+        where = plan_device(device, chosen.budget, None)
     shapes = outline(model, device=where.kind) if not isinstance(model, Workbench) else model.outline()
     check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
     predict = planner(shapes, where)
@@ -174,6 +176,13 @@ def _chosen_for(resolved: Resolved, policy: MemoryPolicy, workload: Workload, ac
     return choice
 
 
+def _device_of(workbench: Workbench, budget: int | None) -> PlanDevice:
+    """The device with what was measured on it, and what is left over in this process while nothing runs."""
+    idle = (sample for sample in reversed(workbench.sampler.samples()) if sample.phase == "idle")
+    leftovers = max(0, next((sample.unattributed for sample in idle), 0))
+    return replace(plan_device(None, budget, workbench.engine.state.accelerator), leftovers=leftovers)
+
+
 def open_workbenches() -> tuple[Workbench, ...]:
     """The workbenches of this process that are not closed, by name."""
     return tuple(sorted((one for one in _open if not one.closed), key=lambda one: one.name))
@@ -192,6 +201,7 @@ class Workbench:
     def __init__(self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any) -> None:
         self.name = resolved.name
         self.model, self.processor = resolved.model, resolved.processor
+        self._outline: Outline | None = None
         book = LedgerBook(accelerator)
         started = time.monotonic()
         self.sampler = Sampler(_weakly(self))
@@ -339,9 +349,25 @@ class Workbench:
         self.engine.stop()
 
     def outline(self) -> Outline:
-        """The model without its weights, as a plan takes it."""
-        dtype = getattr(torch, self.engine.capabilities.dtype)
-        return Outline(self.name, skeleton(self.model.config, dtype), dtype, lambda: self.processor)
+        """The model without its weights, as a plan takes it. Made once."""
+        if self._outline is None:
+            dtype, processor = getattr(torch, self.engine.capabilities.dtype), self.processor
+            self._outline = Outline(self.name, skeleton(self.model.config, dtype), dtype, lambda: processor)
+        return self._outline
+
+    def plan(
+        self, policy: MemoryPolicy | None = None, workload: Workload | None = None, *, search: bool = True
+    ) -> Plan:
+        """What ``workload`` needs on this device as it is now. `plan` of the package takes its figures one by one.
+
+        Args:
+            policy: None: the workbench's.
+            workload: None: a prompt of 8,192 tokens and an answer of 256.
+            search: also look for alternatives where it does not fit.
+        """
+        wanted = policy or self.policy
+        predict = planner(self.outline(), _device_of(self, wanted.budget))
+        return predict.plan(wanted, workload or Workload(), search=search)
 
     # surfaces
 

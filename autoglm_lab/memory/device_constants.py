@@ -28,6 +28,7 @@ class PlanDevice:
         working: the same when every phase has been gone through once: kernels, streams, graphs.
         workspaces: what cuBLAS keeps in torch's allocator.
         estimated: whether the constants were measured on another kind of device.
+        leftovers: what this process holds that no owner answers for: variables, what Python took since the start.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PlanDevice:
     working: int
     workspaces: int
     estimated: bool
+    leftovers: int = 0
 
 
 # docs/benchmarks.md, "ledger", in the column without owners: what the driver holds beside weights and allocator was

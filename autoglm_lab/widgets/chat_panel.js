@@ -40,6 +40,7 @@ export default panel({
     });
     const note = h("div", { class: "algm-dim algm-empty" });
     const samples = h("div", { class: "algm-samples" });
+    const warning = h("div", { class: "algm-warning", role: "status", hidden: true });
     const tray = h("div", { class: "algm-tray", hidden: true });
     const picker = (kind) =>
       h("input", {
@@ -98,9 +99,22 @@ export default panel({
       log,
       samples,
       tray,
+      warning,
       h("div", { class: "algm-input" }, adders.image, adders.audio, pickers.image, pickers.audio, box, go),
     );
 
+    // Not a refusal: the plan may be for more than this message.
+    function warn({ warning: told }) {
+      warning.hidden = !told;
+      if (!told) return;
+      const { missing, phase, context, images, conversations } = told;
+      const figures = { images, conversations, context: ui.t("tokens", { n: formatCount(context) }) };
+      warning.textContent = ui.t("will not fit", {
+        bytes: formatBytes(missing),
+        phase: ui.t(`phase ${phase}`),
+        ...figures,
+      });
+    }
     const running = () => Boolean(ui.model.get("running")?.id);
     function settingsOf() {
       const names = {
@@ -358,6 +372,7 @@ export default panel({
       thinking.node.hidden = !next.can_think;
       thinking.set(desk.thinking);
       settings.set(next.generation);
+      warn(next);
       drawTray();
       redraw();
     }

@@ -59,6 +59,7 @@ class ChatPanel(Panel):
             "thinking": policy.generation.thinking,
             "generation": {name: getattr(policy.generation, name) for name in GENERATION},
             "samples": self._samples,
+            "warning": self.host.warning if self.host else None,
             "limit": LIMIT,
             "most_files": MOST_FILES,
         }

@@ -24,6 +24,7 @@ from autoglm_lab.widgets.labels import LANGS, labels_of
 from autoglm_lab.widgets.live_plot import LivePlot
 from autoglm_lab.widgets.modules_panel import ModulesPanel
 from autoglm_lab.widgets.panel import Panel, message_of
+from autoglm_lab.widgets.plan_panel import PlanPanel
 from autoglm_lab.widgets.refresher import Refresher
 from autoglm_lab.widgets.snapshot import Bench, Snapshot, take
 from autoglm_lab.widgets.transcript import transcript_of
@@ -66,17 +67,18 @@ class Dashboard:
         self.modules = ModulesPanel(self, lang=lang)
         self.kv = KvPanel(self, lang=lang)
         self.budget = BudgetPanel(self, lang=lang)
+        self.plan = PlanPanel(self, lang=lang)
         self.live_plot = LivePlot(self, lang=lang)
         self.chat = ChatPanel(self, lang=lang)
         self.events = EventsPanel(self, lang=lang)
         self.export = ExportPanel(self, lang=lang)
         self.header.still = secrets.token_hex(4)
         self.widget = _arrange(
-            wide=[self.header, self.device_bar],
+            wide=[self.header, self.device_bar, self.plan],
             left=[self.modules, self.kv, self.budget, self.export],
             right=[self.live_plot, self.chat, self.events],
         )
-        self._worker: Worker[str] = Worker(self.wake, lambda name, error: self._note(name, message_of(error)))
+        self._worker: Worker[str] = Worker(self._soon, lambda name, error: self._note(name, message_of(error)))
         self._refresher = Refresher(self._tick)
         bench.sampler.on_sample(self._on_sample)
         transcript_of(bench).follow(bench.engine, self.wake)
@@ -100,6 +102,7 @@ class Dashboard:
         return (
             self.header,
             self.device_bar,
+            self.plan,
             self.modules,
             self.kv,
             self.budget,
@@ -129,6 +132,11 @@ class Dashboard:
     def wake(self) -> None:
         """Refresh soon."""
         self._refresher.wake()
+
+    @property
+    def warning(self) -> dict[str, Any] | None:
+        """What the plan says will not fit; None: it fits, or there is no plan yet."""
+        return self.plan.warning
 
     def turn_language(self) -> None:
         """Speak the next language."""
@@ -199,10 +207,13 @@ class Dashboard:
         if self._views:
             self.live_plot.add(ledger)
 
-    def _note(self, name: str, problem: str) -> None:
-        self._problems[name] = problem
+    def _soon(self) -> None:
         self._state_at = 0.0
         self.wake()
+
+    def _note(self, name: str, problem: str) -> None:
+        self._problems[name] = problem
+        self._soon()
 
     # how it shows
 

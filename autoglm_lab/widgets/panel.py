@@ -30,6 +30,11 @@ class Host(Protocol):
     @property
     def bench(self) -> Bench: ...
 
+    @property
+    def warning(self) -> dict[str, Any] | None:
+        """What the plan says will not fit; None: it fits, or there is no plan yet."""
+        ...
+
     def work(self, panel: Panel, key: str, action: Callable[[], object], *, lane: str = "settings") -> None:
         """Run ``action`` on a worker thread; ``key`` is busy meanwhile, and its error shows in the panel."""
         ...

@@ -9,6 +9,8 @@ from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, Engine, 
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
 from autoglm_lab.memory.page_format import PageFormat
+from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
 
@@ -32,6 +34,7 @@ class Bench(Protocol):
     def engine(self) -> Engine: ...
     @property
     def sampler(self) -> Samples: ...
+    def plan(self, policy: MemoryPolicy | None, workload: Workload | None, *, search: bool) -> Plan: ...
 
 
 @dataclass(frozen=True)
