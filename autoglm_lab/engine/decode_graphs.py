@@ -35,7 +35,11 @@ _GRAIN = 512  # what torch's allocator rounds up to
 
 @dataclass
 class _Graph:
-    """A captured step and the places that it reads and writes."""
+    """A captured step, and the places that it reads and writes, which live as long as it does.
+
+    Attributes:
+        outside: bytes of these places outside of the graphs' pool.
+    """
 
     graph: torch.cuda.CUDAGraph
     ids: Tensor
@@ -44,6 +48,8 @@ class _Graph:
     table: Tensor
     logits: Tensor
     rows: list[list[int]]
+    cache: GraphCache
+    outside: int
 
 
 class DecodeGraphs:
@@ -82,7 +88,6 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory: Any = None
         self._spare: list[int] = []
-        self._outside = 0
         self._cached = self._allocated = 0
         self._done: torch.cuda.Event | None = None
 
@@ -132,7 +137,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forget every graph; their memory is the allocator's again."""
         self._graphs.clear()
-        self._memory, self._cached, self._allocated, self._outside = None, 0, 0, 0
+        self._memory, self._cached, self._allocated = None, 0, 0
         self._pool.put(self._spare)
         self._spare = []
 
@@ -142,7 +147,7 @@ class DecodeGraphs:
             counts = f"working memory of {len(self._graphs)} captured decode steps, inside torch's allocator"
             yield Row("decode graphs", "owner", "device", self._cached, counts, within="cache")
         if self._allocated:
-            counts = "where captured decode steps are told what to read, and put their logits"
+            counts = "where captured decode steps are told what to read, read it from, and put their logits"
             yield Row("decode graphs' tables", "owner", "device", self._allocated, counts, within="allocator")
         if self._spare:
             counts = "a page that the empty rows of a captured step write to"
@@ -232,10 +237,11 @@ class DecodeGraphs:
             with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
                 logits = forward()
         self._cached, held = _pool_bytes(self._memory)
-        tables = sum(-(-one.nbytes // _GRAIN) * _GRAIN for one in (ids, positions, lengths, table))
-        self._outside += tables
-        self._allocated = held + self._outside
-        return _Graph(graph, ids, positions, lengths, table, logits, [[] for _ in range(size)])
+        outside = sum(-(-one.nbytes // _GRAIN) * _GRAIN for one in (ids, positions, lengths, table))
+        outside += 0 if prefetch is None else prefetch.nbytes
+        others = sum(one.outside for key, one in self._graphs.items() if not width or key[0] != size)
+        self._allocated = held + outside + others
+        return _Graph(graph, ids, positions, lengths, table, logits, [[] for _ in range(size)], cache, outside)
 
 
 @functools.cache

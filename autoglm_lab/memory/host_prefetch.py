@@ -47,6 +47,11 @@ class HostPrefetch:
         self._stream = torch.cuda.Stream(device)
         self._come: dict[int, torch.cuda.Event] = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stages."""
+        return sum(stage.store.codes.untyped_storage().nbytes() for stage in self._stages)
+
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put the new token's keys and values ``[batch, kv_heads, 1, head_dim]``, and let the next layer come."""
         if layer == 0:
