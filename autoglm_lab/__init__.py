@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "workbench",
-    "attach": "workbench",
-    "plan": "workbench",
+    "load": "opening",
+    "attach": "opening",
+    "plan": "opening",
     "Workbench": "workbench",
     "MemoryPolicy": "policy",
     "presets": "models.catalog",
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from autoglm_lab.memory.sampler import Sampler
     from autoglm_lab.memory.workload import Workload
     from autoglm_lab.models.catalog import presets
+    from autoglm_lab.opening import attach, load, plan
     from autoglm_lab.policy import MemoryPolicy
-    from autoglm_lab.workbench import Workbench, attach, load, plan
+    from autoglm_lab.workbench import Workbench
 
 
 def __getattr__(name: str) -> Any:

@@ -139,8 +139,8 @@ def plan(
     for file in (json_file, export):
         if file is not None and not file.resolve().parent.is_dir():
             raise LabError(f"cannot write {file}: its folder does not exist")
+    from autoglm_lab.opening import plan as planned
     from autoglm_lab.policy import MemoryPolicy
-    from autoglm_lab.workbench import plan as planned
 
     policy: Any = policy_file
     if policy_file is not None and policy_file != "auto":

@@ -15,9 +15,10 @@ from typing import Any
 from autoglm_lab import samples
 from autoglm_lab.engine.protocol import Answer
 from autoglm_lab.memory.ledger import Ledger
+from autoglm_lab.opening import load
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes, format_seconds
-from autoglm_lab.workbench import Workbench, load
+from autoglm_lab.workbench import Workbench
 
 _TAP = re.compile(r'do\(action="Tap", element=\[(\d+),(\d+)\]\)')
 _SAMPLES = ("home", "number", "key")

@@ -16,8 +16,9 @@ import torch
 
 from autoglm_lab.bench.report import Figure, Report
 from autoglm_lab.errors import LabError
+from autoglm_lab.opening import load
 from autoglm_lab.policy import MemoryPolicy
-from autoglm_lab.workbench import Workbench, load
+from autoglm_lab.workbench import Workbench
 
 
 class Bench:

@@ -15,7 +15,8 @@ from autoglm_lab.bench.heldout import SEED, Outcome, Recipe, answered
 from autoglm_lab.bench.report import Figure, Report
 from autoglm_lab.bench.stock import Stock
 from autoglm_lab.errors import LabError
-from autoglm_lab.workbench import Workbench, load
+from autoglm_lab.opening import load
+from autoglm_lab.workbench import Workbench
 
 TASKS = ("tap", "recall")
 _SMALL, _FULL = 8, 128

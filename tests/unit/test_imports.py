@@ -26,7 +26,9 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"memory"}, True),
     ({"engine"}, True),
     ({"training", "server", "widgets", "figures"}, False),
+    ({"modules"}, True),
     ({"workbench"}, True),
+    ({"opening"}, True),
     ({"bench"}, True),
     ({"cli", "demo", "doctor", "gpus", "magic"}, True),
 )

@@ -1,0 +1,154 @@
+"""How a workbench comes about, and what is known before: `load`, `attach`, `plan`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from autoglm_lab.engine.local import check_modules
+from autoglm_lab.errors import LabError, LoadError, PolicyError
+from autoglm_lab.memory.accelerator import open_accelerator
+from autoglm_lab.memory.allocator_setting import expand_segments
+from autoglm_lab.memory.device_constants import plan_device
+from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.plan_choice import Choice, choose
+from autoglm_lab.memory.planner import planner
+from autoglm_lab.memory.workload import Workload
+from autoglm_lab.models.anatomy import anatomy
+from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
+from autoglm_lab.models.skeleton import skeleton
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.workbench import Workbench
+
+
+def load(
+    source: str | Path | PreTrainedConfig = "autoglm-tiny",
+    *,
+    policy: MemoryPolicy | Literal["auto"] | None = None,
+    budget: int | str | None = None,
+    workload: Workload | None = None,
+    weights: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    seed: int = 0,
+) -> Workbench:
+    """Load a model under memory control.
+
+    Args:
+        source: a preset (``autoglm-tiny``, ``autoglm-article``, ``autoglm-phone-9b``), a folder of safetensors, a hub
+            id whose files are in the local cache, or a configuration object.
+        policy: every setting; None: the defaults; ``"auto"``: the best that fits ``workload``, see `plan_choice`.
+        budget: bytes that the process may use, ``"24GiB"`` too; None: the policy's.
+        workload: what ``"auto"`` is to fit; None: a prompt of 8,192 tokens and an answer of 256.
+        weights: ``"dummy"`` for made-up weights of the true shapes; None: the source's own.
+        dtype: ``auto`` (float32 on a CPU, the file's on a GPU), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
+        seed: of made-up weights.
+
+    Raises:
+        LoadError: the source is unknown or cannot be loaded, or no policy fits; the message says what would help.
+        PolicyError: the policy names a module that the model does not have.
+    """
+    auto = policy == "auto"
+    policy = _starting(policy, MemoryPolicy(), budget)
+    if policy.reclaim.expandable_segments:
+        expand_segments()  # before CUDA starts; where it is too late the workbench says so
+    # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
+    accelerator = open_accelerator(device)
+    resolved = resolve(source, weights=weights, dtype=dtype, device=accelerator.device, seed=seed)
+    if not auto:
+        return Workbench(resolved, policy, accelerator=accelerator)
+    choice = _chosen_for(resolved, policy, workload or Workload(), accelerator)
+    workbench = Workbench(resolved, choice.policy, accelerator=accelerator)
+    workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
+    return workbench
+
+
+def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolicy | None = None) -> Workbench:
+    """Put the same controls on a transformers model that this process already holds.
+
+    The weights move into memory of our own, module by module; the parameter objects stay the same.
+
+    Raises:
+        LoadError: the model has parameters without values.
+    """
+    accelerator = open_accelerator(model.device)
+    return Workbench(adopt(model, processor, device=model.device), policy or MemoryPolicy(), accelerator=accelerator)
+
+
+def plan(
+    model: str | Path | PreTrainedConfig | Workbench,
+    policy: MemoryPolicy | Literal["auto"] | None = None,
+    *,
+    budget: int | str | None = None,
+    device: str | None = None,
+    context: int = 8192,
+    new_tokens: int = 256,
+    images: int = 0,
+    image_size: tuple[int, int] = (1080, 2400),
+    audio_seconds: float = 0.0,
+    conversations: int = 1,
+) -> Plan:
+    """Whether a model fits, before anything is loaded: the predicted peak of every phase, and what would make it fit.
+
+    Args:
+        model: what `load` takes, or an open workbench, whose device and measured constants are used then.
+        policy: every setting; None: the workbench's, or the defaults; ``"auto"``: the best that fits, beginning from
+            those; the plan's ``policy`` is the one that was chosen, and ``why`` says why.
+        budget: bytes that the process may use, ``"24GiB"`` too; None: the policy's, else all that is free now.
+        device: a card by name (``"RTX 4090"``), ``"cuda"``, ``"cpu"``; None: this machine's GPU, else a GPU of the
+            budget's size where there is a budget, else the CPU.
+        context: tokens of the prompt, those of its images and sounds included.
+        new_tokens: most tokens of the answer.
+        images: in the prompt, each of ``image_size`` (width, height) in pixels.
+        audio_seconds: length of one sound in the prompt.
+        conversations: kept at the same time, each as long.
+
+    Raises:
+        LoadError: the model is unknown.
+        LabError: the device is unknown, or a figure cannot be.
+
+    Example:
+        >>> plan("autoglm-phone-9b", budget="24GiB", context=2048).verdict
+        'fits'
+    """
+    from autoglm_lab.figures.waterfall import waterfall
+
+    try:
+        workload = Workload(context, new_tokens, images, image_size, audio_seconds, conversations)
+    except ValueError as error:
+        raise LabError(str(error)) from None
+    opened = model if isinstance(model, Workbench) else None
+    chosen = _starting(policy, MemoryPolicy() if opened is None else opened.policy, budget)
+    if opened is not None and device is None:
+        where = opened.plan_device(chosen.budget)
+    else:
+        where = plan_device(device, chosen.budget, None)
+    shapes = outline(model, device=where.kind) if not isinstance(model, Workbench) else model.outline()
+    check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
+    predict = planner(shapes, where)
+    if policy != "auto":
+        return replace(predict.plan(chosen, workload), drawer=waterfall)
+    if chosen.budget is None and opened is None and where.name == device:
+        chosen = chosen.replace(budget=where.total)  # the policy is for that card, wherever it is used
+    return replace(choose(predict, chosen, workload).plan, drawer=waterfall)
+
+
+def _starting(policy: MemoryPolicy | str | None, default: MemoryPolicy, budget: int | str | None) -> MemoryPolicy:
+    if isinstance(policy, str) and policy != "auto":
+        raise PolicyError(f"a policy is a MemoryPolicy or 'auto', not {policy!r}: MemoryPolicy.from_yaml reads one")
+    given = policy if isinstance(policy, MemoryPolicy) else default
+    return given if budget is None else given.replace(budget=budget)
+
+
+def _chosen_for(resolved: Resolved, policy: MemoryPolicy, workload: Workload, accelerator: Any) -> Choice:
+    shapes = Outline(
+        resolved.name, skeleton(resolved.config, resolved.dtype), resolved.dtype, lambda: resolved.processor
+    )
+    choice = choose(planner(shapes, plan_device(None, policy.budget, accelerator)), policy, workload)
+    if not choice.fits:
+        raise LoadError(f"{resolved.name}, {workload}: {choice.why}")
+    return choice
