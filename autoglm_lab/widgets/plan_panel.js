@@ -132,7 +132,8 @@ export default panel({
       legend.replaceChildren(...state.rows.map(item), h("li", { class: "algm-total" }, limitWord));
     }
     function item(row) {
-      const other = row.measured === row.planned ? null : ui.t("now too", { bytes: formatBytes(row.measured) });
+      const differs = Math.abs(row.measured - row.planned) > 0.05 * row.planned;
+      const other = row.measured && differs ? ui.t("now too", { bytes: formatBytes(row.measured) }) : null;
       return h(
         "li",
         {},

@@ -53,7 +53,7 @@ def test_a_person_runs_the_notebook_switches_a_module_off_and_asks_about_a_pictu
         audio = page.locator("[data-module=audio]")
         audio.locator("label[data-value=off]").click()
         expect(audio).to_have_attribute("data-place", "disk")
-        expect(page.locator(".algm-legend")).to_contain_text(re.compile(r"audio [\d.]+ MiB on disk"))
+        expect(page.locator(".algm-device_bar .algm-legend")).to_contain_text(re.compile(r"audio [\d.]+ MiB on disk"))
         assert bytes_of(page, "audio") == ""
         expect(page.locator(".algm-export_panel pre")).to_contain_text("residency: 'off'")
 
