@@ -130,6 +130,22 @@ def test_plan_prints_writes_json_and_exports_a_policy_that_fits(tmp_path: Path) 
     assert again.exit_code == 0, again.output
 
 
+def test_plan_chooses_a_policy_says_why_and_exports_it(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    arguments = ["--policy", "auto", "--context", "2048", "--conversations", "8", "--export", str(file)]
+    done = runner.invoke(cli.app, ["plan", "autoglm-phone-9b", "--budget", "20GiB", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "Chosen: modules.vision='on-demand'" in done.output
+    assert "Nothing that costs less fits: without it" in done.output
+    chosen = lab.MemoryPolicy.from_yaml(file)
+    assert (chosen.budget, chosen.module("vision").residency) == (20 << 30, "on-demand")
+
+    nothing = runner.invoke(cli.app, ["plan", "autoglm-phone-9b", "--budget", "16GiB", "--policy", "auto"])
+    assert nothing.exit_code == 1
+    assert "No policy fits 16.00 GiB with 1% to spare: the leanest needs" in nothing.output
+    assert "One change would do: a budget of" in nothing.output
+
+
 def test_plan_says_what_it_cannot_do(tmp_path: Path) -> None:
     def error(*arguments: str) -> str:
         result = runner.invoke(cli.app, ["plan", "autoglm-tiny", *arguments])
