@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -20,7 +21,8 @@ class CompileAhead:
 
     def __init__(self, model: Any, pool: KvPool) -> None:
         heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
-        arguments = (pool, heads, LeanForward.norm_shapes(model))
+        # The pool may be closed before the thread comes to it: what is compiled depends on its format alone.
+        arguments = (paged_kernels.pages_of(pool), heads, LeanForward.norm_shapes(model))
         self._thread = threading.Thread(target=_compile, args=arguments, name="autoglm-lab kernels", daemon=True)
         self._thread.start()
 
@@ -28,7 +30,9 @@ class CompileAhead:
         self._thread.join()
 
 
-def _compile(pool: KvPool, heads: int | None, norms: set[tuple[int, torch.dtype]]) -> None:
-    with torch.cuda.device(pool.store.codes.device):
-        if paged_kernels.available(pool, heads):
-            LeanForward.compile_norms(norms, pool.store.codes.device)
+def _compile(pages: paged_kernels.Pages, heads: int | None, norms: set[tuple[int, torch.dtype]]) -> None:
+    device = pages.store.codes.device
+    with torch.cuda.device(device):
+        if paged_kernels.available(pages, heads):
+            with contextlib.suppress(Exception):  # a norm that cannot be compiled keeps its own forward
+                LeanForward.compile_norms(norms, device)

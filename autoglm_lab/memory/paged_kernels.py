@@ -44,6 +44,11 @@ class _Pages:
     store: PageStore
 
 
+def pages_of(pool: Pages) -> Pages:
+    """The pages and their format alone."""
+    return _Pages(pool.form, pool.store)
+
+
 def possible(pool: Pages) -> bool:
     """Whether there are kernels for pages of this format on their device, as far as it shows without compiling them."""
     return fits(pool.form) and _triton() and (pool.store.codes.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
