@@ -38,7 +38,7 @@ def html(plan: Plan) -> str:
     for name in row_names(plan):
         counts = next((row.counts for phase in plan.phases for row in phase.rows if row.name == name), "")
         cells = "".join(
-            f'<td style="text-align:right">{format_bytes(phase.of(name)) if phase.of(name) else "–"}</td>'
+            f'<td style="text-align:right;white-space:nowrap">{format_bytes(phase.of(name)) if phase.of(name) else "–"}</td>'
             for phase in plan.phases
         )
         body.append(
@@ -46,7 +46,7 @@ def html(plan: Plan) -> str:
             f'<td style="text-align:left">{escape(counts)}</td></tr>'
         )
     for name, sums in _sums(plan):
-        cells = "".join(f'<td style="text-align:right"><b>{one}</b></td>' for one in sums)
+        cells = "".join(f'<td style="text-align:right;white-space:nowrap"><b>{one}</b></td>' for one in sums)
         body.append(f'<tr><td style="text-align:left"><b>{name}</b></td>{cells}<td></td></tr>')
     rest = "".join(f"<div>{escape(one)}</div>" for one in (*plan.why.splitlines(), *_advice(plan)))
     notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in plan.notes)
