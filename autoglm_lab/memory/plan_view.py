@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 _SHOWN = 5
 _COLOURS = {"fits": "#2e8b57", "fits with changes": "#c98a1b", "does not fit": "#c94f3d"}
 
+_FIGURE = "text-align:right;white-space:nowrap"
+
 
 def text(plan: Plan) -> str:
     """The verdict in a sentence, a row for each owner with a column for each phase, then what would help."""
@@ -38,7 +40,7 @@ def html(plan: Plan) -> str:
     for name in row_names(plan):
         counts = next((row.counts for phase in plan.phases for row in phase.rows if row.name == name), "")
         cells = "".join(
-            f'<td style="text-align:right;white-space:nowrap">{format_bytes(phase.of(name)) if phase.of(name) else "–"}</td>'
+            f'<td style="{_FIGURE}">{format_bytes(phase.of(name)) if phase.of(name) else "–"}</td>'
             for phase in plan.phases
         )
         body.append(
@@ -46,7 +48,7 @@ def html(plan: Plan) -> str:
             f'<td style="text-align:left">{escape(counts)}</td></tr>'
         )
     for name, sums in _sums(plan):
-        cells = "".join(f'<td style="text-align:right;white-space:nowrap"><b>{one}</b></td>' for one in sums)
+        cells = "".join(f'<td style="{_FIGURE}"><b>{one}</b></td>' for one in sums)
         body.append(f'<tr><td style="text-align:left"><b>{name}</b></td>{cells}<td></td></tr>')
     rest = "".join(f"<div>{escape(one)}</div>" for one in (*plan.why.splitlines(), *_advice(plan)))
     notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in plan.notes)
