@@ -29,12 +29,20 @@ def ask_anew(page: Page, question: str) -> str:
 
 
 def taken(page: Page, conversation: str) -> tuple[int, float]:
-    """Tokens of a conversation as the KV panel says, and the bytes of its row in the ledger."""
+    """Tokens of a finished conversation as the KV panel says, and the bytes of its row in the ledger.
+
+    Both panels show what was there a moment ago, each at its own time: the row has come to rest when they agree.
+    """
     line = page.locator(f"[data-conversation='{conversation}'] .algm-num").first
     expect(line).to_contain_text("KiB")
-    tokens = int(line.inner_text().split(" tok")[0].replace(",", ""))
     row = page.locator(".algm-device_bar .algm-legend li", has=page.locator(f"span:text-is('KV {conversation}')"))
-    return tokens, nbytes(row.locator("b").inner_text())
+    for _ in range(100):
+        tokens, size = line.inner_text().split(" · ")
+        if row.locator("b").inner_text() == size:
+            break
+        page.wait_for_timeout(100)
+    assert row.locator("b").inner_text() == size
+    return int(tokens.split(" tok")[0].replace(",", "")), nbytes(size)
 
 
 def test_a_person_quantises_slides_pretends_and_is_told_what_would_help(page, tmp_path, shoot):
