@@ -11,6 +11,8 @@
     ├── MessageError (ValueError)        messages that are not a conversation
     ├── ConversationError                a conversation that is unknown or busy
     ├── ContextLimitError                the prompt does not fit the model or the KV limit
+    ├── WireError (ValueError)           JSON of the engine protocol that is not what it should be
+    ├── EndpointError                    an endpoint that is not there, refuses, or breaks off
     ├── OutOfMemoryError                 a phase did not fit: needed, had, and settings that would fit
     └── EngineClosedError                the engine was closed
 
@@ -66,6 +68,14 @@ class ConversationError(LabError):
 
 class ContextLimitError(LabError):
     """The prompt does not fit the model's context or the KV limit of the policy."""
+
+
+class WireError(LabError, ValueError):
+    """JSON of the engine protocol that is not what it should be."""
+
+
+class EndpointError(LabError):
+    """An endpoint that is not there, refuses, or breaks off in the middle of an answer."""
 
 
 class OutOfMemoryError(LabError):
