@@ -113,16 +113,25 @@ class ReclaimPolicy(_Part):
 
 
 class GenerationPolicy(_Part):
-    """How an answer is sampled, in transformers' own terms. ``temperature`` 0 is greedy."""
+    """How an answer is sampled, in transformers' own terms. ``temperature`` 0 is greedy.
+
+    Attributes:
+        frequency_penalty: taken off a token's logit each time that the answer has it already. Default 0.
+        presence_penalty: taken off once where the answer has it at all. Default 0.
+        stop: at most 4 texts that end the answer where one of them begins; the text itself is left out.
+    """
 
     max_new_tokens: int = Field(256, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    stop: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field((), max_length=4)
     eos: bool = True
     thinking: bool = False
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
 
     @model_validator(mode="after")
     def _minimum_below_maximum(self) -> Self:

@@ -19,6 +19,7 @@ from autoglm_lab.engine.prompt import Prompt, render
 from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timings, Turn, Usage
 from autoglm_lab.engine.recovery import recovering
 from autoglm_lab.engine.state import EngineState
+from autoglm_lab.engine.stop_strings import StopStrings
 from autoglm_lab.errors import ContextLimitError, LabError, OutOfMemoryError
 from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.peak import PhasePeaks
@@ -102,7 +103,7 @@ class TurnRun:
         logits = read
         eos = _eos(state) if self.settings.eos else ()
         chooser = Chooser(self.settings, prompt.ids, eos, state.model.device)
-        reader = AnswerReader(state.tokenizer, prompt.ids)
+        reader, stops = AnswerReader(state.tokenizer, prompt.ids), StopStrings(self.settings.stop)
         count = 0
         reason: FinishReason = "length"
         while True:
@@ -113,8 +114,11 @@ class TurnRun:
             if token in eos:
                 reason = "stop"
                 break
-            for delta in reader.feed(token):
+            for delta in stops.feed(reader.feed(token)):
                 self.turn.emit(delta)
+            if stops.found:
+                reason = "stop"
+                break
             if count >= limit:
                 break
             if self.cancelled:
@@ -122,13 +126,13 @@ class TurnRun:
                 break
             logits = yield token
             state.tokens_per_second = count / (time.monotonic() - self._first_token)
-        for delta in reader.finish():
+        for delta in (*stops.feed(reader.finish()), *stops.finish()):
             self.turn.emit(delta)
-        spoken = Message("assistant", (TextPart(reader.text),))
+        spoken = Message("assistant", (TextPart(stops.text),))
         conversation.messages = (*history, *self.messages, spoken)
         conversation.kv.publish()
         state.enter("idle")
-        return self._finished(reader.text, reader.reasoning, reason, prompt, start, count)
+        return self._finished(stops.text, reader.reasoning, "stop" if stops.found else reason, prompt, start, count)
 
     def _prefill(self, prompt: Prompt, start: int) -> torch.Tensor | None:
         """Read the prompt in chunks; commands are served between them. None: cancelled meanwhile."""

@@ -23,7 +23,7 @@ FULL = MemoryPolicy(
     reclaim=ReclaimPolicy(every_answers=None, cached_share=0.5, traceback=True, expandable_segments=True),
     generation=GenerationPolicy(
         max_new_tokens=128, min_new_tokens=32, temperature=0.7, top_p=0.9, repetition_penalty=1.2, eos=False,
-        thinking=True, seed=7,
+        thinking=True, seed=7, frequency_penalty=0.2, presence_penalty=-0.5, stop=("\n\n", "。"),
     ),
     budget="24GiB",
     pinned="8GiB",
