@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.generation.logits_process import (
@@ -79,5 +79,5 @@ class AnswerPenalty(LogitsProcessor):
         """Logits ``[batch, vocab]`` after ids ``[batch, seq]``."""
         answer = input_ids[:, self._prompt :]
         counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
-        penalised: torch.FloatTensor = scores - self._frequency * counts - self._presence * (counts > 0)
-        return penalised
+        penalised = scores - self._frequency * counts - self._presence * (counts > 0)
+        return cast("torch.FloatTensor", penalised)
