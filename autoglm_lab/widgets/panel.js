@@ -54,6 +54,33 @@ function button(label, { title, kind = "", onClick, pressed } = {}) {
 
 // One of several: real radio buttons, so arrow keys, focus and screen readers work by themselves.
 let groups = 0;
+// What a person has turned stays as they turned it until the kernel has followed, or has had the time to: what it shows
+// meanwhile is older than their click.
+const PATIENCE = 1500;
+
+function patient(read, write) {
+  let waiting = null,
+    latest;
+  const settle = () => {
+    clearTimeout(waiting);
+    waiting = null;
+  };
+  return {
+    turned: () => {
+      settle();
+      waiting = setTimeout(() => {
+        settle();
+        if (latest !== undefined) write(latest);
+      }, PATIENCE);
+    },
+    show: (value) => {
+      latest = value;
+      if (read() === value) settle();
+      if (waiting === null) write(value);
+    },
+  };
+}
+
 function segmented({ label, options, onPick }) {
   const group = `algm-${Date.now().toString(36)}-${++groups}`;
   const inputs = new Map();
@@ -62,17 +89,22 @@ function segmented({ label, options, onPick }) {
       type: "radio",
       name: group,
       "aria-label": `${label}: ${title ?? text}`,
-      onchange: () => onPick(value),
+      onchange: () => {
+        choice.turned();
+        onPick(value);
+      },
     });
     inputs.set(value, input);
     return h("label", { title: title ?? text, "data-value": String(value) }, input, h("span", {}, text));
   });
   const node = h("span", { class: "algm-segmented", role: "radiogroup", "aria-label": label }, items);
+  const choice = patient(
+    () => [...inputs].find(([, input]) => input.checked)?.[0],
+    (value) => inputs.forEach((input, key) => (input.checked = key === value)),
+  );
   const set = (value, disabled = false) => {
-    for (const [key, input] of inputs) {
-      input.checked = key === value;
-      input.disabled = disabled;
-    }
+    choice.show(value);
+    for (const input of inputs.values()) input.disabled = disabled;
     node.classList.toggle("is-busy", disabled);
   };
   // One choice that is not to be had here, and why.
@@ -99,13 +131,24 @@ function fold(ui, label, rows) {
 }
 
 function checkbox(label, { title, onChange }) {
-  const input = h("input", { type: "checkbox", "aria-label": title ?? label, onchange: () => onChange(input.checked) });
+  const input = h("input", {
+    type: "checkbox",
+    "aria-label": title ?? label,
+    onchange: () => {
+      tick.turned();
+      onChange(input.checked);
+    },
+  });
+  const tick = patient(
+    () => input.checked,
+    (on) => (input.checked = on),
+  );
   const node = h("label", { class: "algm-check", title: title ?? label }, input, h("span", {}, label));
   return {
     node,
     input,
     set: (on, disabled = false) => {
-      input.checked = on;
+      tick.show(on);
       input.disabled = disabled;
     },
   };
