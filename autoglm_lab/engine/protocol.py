@@ -94,6 +94,7 @@ class Answer:
         peak_bytes: by phase, the most bytes the process held on the device, as far as the machine tells.
         work_bytes: by phase, the most bytes it held beyond what stood when the phase began: activations, and what
             stayed of them.
+        kv_bytes: of the conversation's keys and values when the turn ended; None where the engine does not tell.
     """
 
     text: str
@@ -104,6 +105,7 @@ class Answer:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     conversation: str = "main"
     work_bytes: dict[str, int] = field(default_factory=dict)
+    kv_bytes: int | None = None
 
     @property
     def figures(self) -> str:

@@ -36,6 +36,7 @@ class TurnRun:
         messages: what is new in this turn.
         settings: how the answer is sampled.
         replace: the messages are the whole dialogue, in place of what the conversation has.
+        keep: False: the conversation is forgotten when the turn has ended.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class TurnRun:
         settings: GenerationPolicy,
         *,
         replace: bool = False,
+        keep: bool = True,
     ) -> None:
         self.turn, self.conversation, self.messages, self.settings = turn, conversation, messages, settings
+        self._keep = keep
         self._history: tuple[Message, ...] | None = None
         if replace:
             asked = _last_question(messages)
@@ -75,16 +78,25 @@ class TurnRun:
             answer = yield from self._answer()
         except Exception as error:  # noqa: BLE001 - whoever waits for the turn gets it
             self._state.enter("idle")
-            self.conversation.busy = False
+            self._leave()
             self.turn.fail(_without_frames(error))
         else:
             self._state.enter("idle")
-            self.conversation.busy = False
+            self._leave()
             self.turn.emit(answer)
 
     def withdraw(self) -> None:
         """Finish a turn that was cancelled before it began."""
-        self.turn.emit(self._finished("", "", "cancelled", None, 0, 0))
+        answer = self._finished("", "", "cancelled", None, 0, 0)
+        if not self.conversation.busy:
+            self._leave()
+        self.turn.emit(answer)
+
+    def _leave(self) -> None:
+        """The conversation is another turn's from now on, or nobody's."""
+        self.conversation.busy = False
+        if not self._keep and self.conversation.name in self._state.conversations:
+            self._state.conversations.drop(self.conversation.name)
 
     def _answer(self) -> Generator[int, torch.Tensor, Answer]:
         state, conversation = self._state, self.conversation
@@ -242,7 +254,8 @@ class TurnRun:
             tokens_per_second=(count - 1) / (now - first) if first is not None and count > 1 else None,
         )
         peaks, work = dict(self.peaks.process), dict(self.peaks.work)
-        return Answer(text, reasoning, reason, usage, timings, peaks, self.conversation.name, work)
+        kv_bytes = self.conversation.kv.nbytes
+        return Answer(text, reasoning, reason, usage, timings, peaks, self.conversation.name, work, kv_bytes)
 
 
 _NO_LIMIT = 1 << 60

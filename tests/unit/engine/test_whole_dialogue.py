@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 import autoglm_lab as lab
 from autoglm_lab.engine.messages import read_messages
+from autoglm_lab.errors import ContextLimitError
 
 
 def said(role: str, text: str, *images: Any) -> dict[str, Any]:
@@ -49,3 +52,22 @@ def test_the_next_turn_goes_on_from_the_dialogue_that_was_sent(wb: lab.Workbench
     answer = wb.engine.submit(sent, conversation="a", replace=True, max_new_tokens=32).result(60)
     after = wb.engine.submit([said("user", "Thanks")], conversation="a", max_new_tokens=32).result(60)
     assert after.text == stock(wb, [*sent, said("assistant", answer.text), said("user", "Thanks")])
+
+
+def test_a_dialogue_that_is_not_kept_leaves_only_what_the_next_one_begins_with(wb: lab.Workbench) -> None:
+    dialogue = [said("system", "You hold a phone. " * 20), said("user", "Who are you?")]
+    first = wb.engine.submit(dialogue, conversation="once", replace=True, keep=False, max_new_tokens=16).result(60)
+    assert wb.conversations == ()
+    pool, read = wb.engine.state.pool, first.usage.prompt_tokens + first.usage.completion_tokens - 1
+    assert pool is not None and first.kv_bytes == -(-read // 16) * pool.page_bytes
+    second = wb.engine.submit(dialogue, conversation="twice", replace=True, keep=False, max_new_tokens=16).result(60)
+    assert second.text == first.text
+    assert second.usage.cached_tokens >= 40
+
+
+def test_a_dialogue_that_is_not_kept_goes_when_it_fails_or_is_cancelled(wb: lab.Workbench) -> None:
+    wb.policy = wb.policy.replace(kv={"max_tokens": 16, "overflow": "refuse"})
+    turn = wb.engine.submit([said("user", "Who are you?" * 30)], conversation="long", keep=False)
+    with pytest.raises(ContextLimitError):
+        turn.result(60)
+    assert wb.conversations == ()
