@@ -17,7 +17,7 @@ from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.memory.slab import HostSlab, View, views_of
 from autoglm_lab.models.checkpoint import FileTensor
-from autoglm_lab.models.loading import DummyTensor, HeldTensor, Source
+from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, Source
 from autoglm_lab.units import MiB, format_bytes
 
 _SPARE = 256 * MiB

@@ -21,7 +21,7 @@ from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.mover import Arrival, Mover
 from autoglm_lab.memory.pinned import PinnedBudget
 from autoglm_lab.models.anatomy import ModuleSpec
-from autoglm_lab.models.loading import Source
+from autoglm_lab.models.tensor_sources import Source
 from autoglm_lab.units import format_bytes
 
 Place = Literal["device", "host", "disk", "moving"]

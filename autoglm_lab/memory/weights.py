@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoglm_lab.errors import LoadError, ModuleError
 from autoglm_lab.models.checkpoint import DTYPES, FileTensor
-from autoglm_lab.models.loading import DummyTensor, HeldTensor, Source
+from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, Source
 from autoglm_lab.units import format_bytes
 
 _CHUNK = 1 << 24

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,10 @@ DTYPES: dict[str, torch.dtype] = {
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _LARGEST_HEADER = 100_000_000
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLE, REMOTE_CODE = "pickle", "remote-code"
+ALLOWED = (PICKLE, REMOTE_CODE)
+"""What is refused unless a person allows it by name: `load(..., allow="pickle")`."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,11 @@ class FileTensor:
     shape: tuple[int, ...]
 
 
-def read_folder(folder: Path) -> dict[str, FileTensor]:
+def read_folder(folder: Path, allow: Collection[str] = ()) -> dict[str, FileTensor]:
     """Where each tensor of a checkpoint folder lies, by the name that it has there.
+
+    Args:
+        allow: with ``pickle`` in it, a folder of pickled weights alone gives no tensors instead of an error.
 
     Raises:
         LoadError: no safetensors, pickled weights only, a missing or corrupt file.
@@ -71,13 +77,20 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
         return read_header(others[0])
     if others:
         raise LoadError(f"{folder} has {len(others)} safetensors files and no {INDEX} that says which tensor is where")
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLE_ENDINGS))
+    if pickles and PICKLE in allow:
+        return {}
     if pickles:
-        raise LoadError(
-            f"{folder} has only pickled weights ({', '.join(pickles[:3])}), which can run any code when read. "
-            "Convert them to safetensors where you trust them: model.save_pretrained(folder)"
-        )
+        raise refused_pickles(str(folder), pickles)
     raise LoadError(f"{folder} has no weights: expected {SINGLE} or {INDEX}")
+
+
+def refused_pickles(where: str, names: Sequence[str]) -> LoadError:
+    """The error for weights that are there as pickles alone."""
+    return LoadError(
+        f"{where} has only pickled weights ({', '.join(names[:3])}), which can run any code when read. Convert them to "
+        "safetensors where you trust them (model.save_pretrained(folder)), or allow them: load(..., allow='pickle')"
+    )
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, FileTensor]:
@@ -139,10 +152,13 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> FileTensor:
     return FileTensor(path, start + begin, end - begin, dtype, shape)
 
 
-def refuse_remote_code(config: Mapping[str, Any], source: str) -> None:
-    """Raise `LoadError` when a configuration asks for code that comes with the weights."""
-    if config.get("auto_map"):
+def refuse_remote_code(config: Mapping[str, Any], source: str, allow: Collection[str] = ()) -> None:
+    """Raise `LoadError` when a configuration asks for code that comes with the weights, unless that is allowed."""
+    asked = config.get("auto_map")
+    if asked and REMOTE_CODE not in allow:
+        named = sorted({str(one) for one in asked.values()}) if isinstance(asked, Mapping) else [str(asked)]
         raise LoadError(
-            f"{source} wants to run its own code (auto_map in config.json), which is never run here. "
-            "Use a model whose architecture transformers or autoglm_lab has"
+            f"{source} wants to run its own code (auto_map: {', '.join(named[:3])}), which is not run here. Use a "
+            "model whose architecture transformers or autoglm_lab has, or, where you have read that code and trust it, "
+            "load(..., allow='remote-code')"
         )

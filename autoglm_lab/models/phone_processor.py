@@ -1,4 +1,8 @@
-"""A made-up processor for AutoGLM-Phone-9B's shapes, so that one can chat with made-up weights and count true tokens.
+"""The processor of AutoGLM-Phone-9B's family without torchvision: a saved one, or a made-up one.
+
+transformers builds the family's whole processor with its video part, which needs torchvision. `saved_processor` builds
+it from the files of a folder without that part. `phone_processor` makes one from a configuration alone, so that one can
+chat with made-up weights and count true tokens.
 
 Images go through transformers' own processor of the family, and the prompt through its own `Glm4vProcessor`: an image
 takes as many tokens as with the public model. The tokenizer is made here: every byte is a token, and so is every other
@@ -8,12 +12,15 @@ takes more tokens than with the public tokenizer, which merges characters.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
 from transformers.processing_utils import ProcessorMixin
@@ -81,6 +88,45 @@ class PhoneProcessor(Glm4vProcessor):
     def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
         """1 for an image's tokens, 0 for text, ``[batch, seq]``."""
         return [[int(token == self.image_token_id) for token in map(int, row)] for row in input_ids]
+
+
+def saved_processor(folder: Path) -> PhoneProcessor | None:
+    """The processor that a folder of the family holds, its images read by PIL.
+
+    Returns:
+        None where the folder is of another family, or where torchvision is here and transformers can build it whole.
+
+    Raises:
+        OSError, ValueError: a file is missing or broken, as transformers says it.
+    """
+    if importlib.util.find_spec("torchvision") is not None or not _is_glm4v(folder):
+        return None
+    images = Glm4vImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return PhoneProcessor(images, tokenizer, _saved_template(folder) or tokenizer.chat_template)
+
+
+def _is_glm4v(folder: Path) -> bool:
+    named = set()
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        settings = _settings(folder / name)
+        named |= {str(settings.get("processor_class")), str(settings.get("image_processor_type"))}
+    return any(name.startswith("Glm4v") for name in named)
+
+
+def _saved_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = _settings(folder / "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def phone_processor(config: PreTrainedConfig) -> PhoneProcessor:

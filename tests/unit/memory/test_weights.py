@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from autoglm_lab.memory import weights
 from autoglm_lab.models.checkpoint import read_header
-from autoglm_lab.models.loading import DummyTensor
+from autoglm_lab.models.tensor_sources import DummyTensor
 
 
 def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:

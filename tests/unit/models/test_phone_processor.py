@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 import autoglm_lab as lab
 from autoglm_lab.models import catalog
 from autoglm_lab.models.loading import resolve
+from autoglm_lab.models.location import processor_of
 from autoglm_lab.models.phone_processor import NOTE, phone_processor
 
 SCREEN = Image.radial_gradient("L").resize((1080, 2400)).convert("RGB")
@@ -110,6 +113,42 @@ def test_the_phone_preset_has_a_processor_and_says_that_it_is_made_up() -> None:
     resolved = resolve("autoglm-phone-9b", weights="dummy", device="cpu")
     assert resolved.processor is not None
     assert NOTE in resolved.notes
+
+
+@pytest.fixture
+def folder(processor: Any, tmp_path: Path) -> Path:
+    """The files of the public repository beside its weights, as transformers writes and names them."""
+    tiny_phone().save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    settings |= {"image_processor_type": "Glm4vImageProcessor", "processor_class": "Glm4vProcessor"}
+    settings["size"] = {"shortest_edge": 112 * 112, "longest_edge": 500_000}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text(processor.chat_template)
+    return tmp_path
+
+
+def test_a_saved_processor_of_the_family_is_built_without_torchvision(processor: Any, folder: Path) -> None:
+    found, notes = processor_of(folder)
+    assert notes == ()
+    asked = said("user", SCREEN, "Tap the clock")
+    batch = render(found, asked)
+    assert int(batch["image_grid_thw"].prod()) == 4 * 286
+    assert found.decode(batch["input_ids"][0]).endswith("Tap the clock<|assistant|>\n")
+
+
+def test_a_template_in_the_older_file_is_found(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "so {{ messages[0].role }}"}))
+    assert processor_of(folder)[0].apply_chat_template([said("user", "x")], tokenize=False) == "so user"
+
+
+def test_a_broken_file_of_a_processor_becomes_a_note(folder: Path) -> None:
+    (folder / "preprocessor_config.json").write_text("{")
+    found, notes = processor_of(folder)
+    assert found is None
+    assert str(folder) in notes[0] and "cannot be built" in notes[0]
 
 
 @pytest.fixture(scope="module")
