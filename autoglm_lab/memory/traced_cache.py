@@ -75,6 +75,10 @@ class TracedCache(PagedCache):
         )
         return keys[:, :, : self.longest], values[:, :, : self.longest]
 
+    def let_go(self) -> None:
+        """The step is over: hold the last layer's keys and values no longer."""
+        self._given = None
+
     def attend(self, query: Tensor, scale: float) -> Tensor | None:
         """Of one new token over pages; of more as FlashAttention does; None where the model's own code goes on."""
         del scale

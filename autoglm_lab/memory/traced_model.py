@@ -59,13 +59,16 @@ class TracedModel:
         """
         with self._stepping() as recorder:
             self._step(form, 1, before, new, bidirectional=bidirectional)
-        return recorder.tape
+            # Read before Python collects again: what lies in circles would be freed on some runs and not on others.
+            tape: Tape = recorder.tape
+        return tape
 
     def decode(self, form: PageFormat | None, batch: int, before: int) -> Tape:
         """Reading one token of each conversation."""
         with self._stepping() as recorder:
             self._step(form, batch, before, 1, graph=True)
-        return recorder.tape
+            tape: Tape = recorder.tape
+        return tape
 
     def whole(self, chunks: Sequence[tuple[int, int]]) -> Tape:
         """Reading ``(before, new)`` tokens, chunk by chunk, into transformers' own cache, which stays at the end."""
@@ -118,6 +121,8 @@ class TracedModel:
                 use_cache=True,
                 **arguments,
             ).logits
+        if isinstance(cache, TracedCache):
+            cache.let_go()
         return logits[:, -1] if graph else logits[:, -1].float()
 
     def _cache(
