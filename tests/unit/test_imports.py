@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "plotly", "jupyterlab", "IPython", "ipykernel"
 
 # A name may import from the rows above its own. In the rows that say so, also from its own row.
 RANKS: tuple[tuple[set[str], bool], ...] = (
-    ({"units", "errors", "policy", "schedule", "kv_costs", "samples"}, True),
+    ({"units", "errors", "policy", "progress", "schedule", "kv_costs", "samples"}, True),
     ({"models"}, True),
     ({"memory"}, True),
     ({"engine"}, True),
@@ -44,7 +44,11 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-KERNELS = {"autoglm_lab.engine.norm_kernel", "autoglm_lab.memory.paged_triton"}
+KERNELS = {
+    "autoglm_lab.engine.norm_kernel",
+    "autoglm_lab.memory.paged_triton",
+    "autoglm_lab.models.quantized_triton",
+}
 
 
 def imports(module: str) -> Iterator[str]:
