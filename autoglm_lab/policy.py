@@ -42,7 +42,7 @@ class _Part(BaseModel):
 
 
 class ModulePolicy(_Part):
-    """Where one module's weights may be.
+    """Where one module's weights may be, and how exactly they are kept.
 
     Attributes:
         residency: ``keep`` on the device; ``on-demand``: woken when a request needs it; ``off``: parked, and a request
@@ -50,11 +50,15 @@ class ModulePolicy(_Part):
         park_to: ``host`` (pinned memory), ``disk`` (memory-mapped safetensors) or ``auto``: host beside a GPU, disk
             where the device is the host. Default ``auto``.
         keep_alive: seconds that an on-demand module stays after its last use. Default 30.
+        precision: of the weights: ``model``: as they are loaded; ``float32``, ``bfloat16``, ``float16``; ``int8`` and
+            ``int4``: linear layers and embeddings in about a half and a quarter of bfloat16 (lossy). It is set when the
+            model is loaded. Default ``model``.
     """
 
     residency: Residency = "keep"
     park_to: Literal["auto", "host", "disk"] = "auto"
     keep_alive: float = Field(30.0, ge=0)
+    precision: Literal["model", "float32", "bfloat16", "float16", "int8", "int4"] = "model"
 
 
 class KvPolicy(_Part):
@@ -187,6 +191,10 @@ class MemoryPolicy(_Part):
     def module(self, name: str) -> ModulePolicy:
         """The settings of one module; the defaults where the policy does not name it."""
         return self.modules.get(name, ModulePolicy())
+
+    def precisions(self) -> dict[str, str]:
+        """The precision of every module that is not kept as it is loaded."""
+        return {name: part.precision for name, part in self.modules.items() if part.precision != "model"}
 
     def replace(self, **changes: Any) -> MemoryPolicy:
         """A new policy with ``changes`` merged in, part by part.

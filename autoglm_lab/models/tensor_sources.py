@@ -18,6 +18,7 @@ from autoglm_lab.errors import LoadError
 from autoglm_lab.models.anatomy import named_tensors
 from autoglm_lab.models.checkpoint import FileTensor
 from autoglm_lab.models.skeleton import model_class
+from autoglm_lab.models.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,22 @@ class HeldTensor:
     tensor: Tensor
 
 
-Source = FileTensor | DummyTensor | HeldTensor
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight that is quantised while it comes.
+
+    Attributes:
+        name: of the weight in the model as it was made.
+        form: how it lies in memory.
+        source: where its numbers come from.
+    """
+
+    name: str
+    form: WeightFormat
+    source: FileTensor | DummyTensor | HeldTensor
+
+
+Source = FileTensor | DummyTensor | HeldTensor | PackedTensor
 
 
 def dummy_sources(model: PreTrainedModel, config: PreTrainedConfig, seed: int) -> dict[str, Source]:

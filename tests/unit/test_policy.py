@@ -12,7 +12,7 @@ from autoglm_lab.units import GiB
 
 FULL = MemoryPolicy(
     modules={
-        "vision": ModulePolicy(residency="on-demand", park_to="disk", keep_alive=2.5),
+        "vision": ModulePolicy(residency="on-demand", park_to="disk", keep_alive=2.5, precision="int4"),
         "audio": "off",
     },
     kv=KvPolicy(
@@ -85,7 +85,7 @@ def test_the_python_statement_gives_the_same_policy() -> None:
 def test_replace_merges_part_by_part() -> None:
     changed = FULL.replace(kv={"max_tokens": 64}, modules={"vision": "keep", "text": "on-demand"})
     assert changed.kv == KvPolicy(**{**FULL.kv.model_dump(), "max_tokens": 64})
-    assert changed.module("vision") == ModulePolicy(residency="keep", park_to="disk", keep_alive=2.5)
+    assert changed.module("vision") == FULL.module("vision").model_copy(update={"residency": "keep"})
     assert changed.module("audio").residency == "off"
     assert changed.module("text").residency == "on-demand"
     assert changed.budget == 24 * GiB
@@ -96,6 +96,11 @@ def test_replace_takes_parts_and_none() -> None:
     assert FULL.replace(generation=GenerationPolicy()).generation == GenerationPolicy()
     assert FULL.replace(budget=None).budget is None
     assert FULL.replace(kv={"max_tokens": None}).kv.max_tokens is None
+
+
+def test_precisions_name_the_modules_that_are_not_kept_as_loaded() -> None:
+    assert FULL.precisions() == {"vision": "int4"}
+    assert MemoryPolicy(modules={"text": "off"}).precisions() == {}
 
 
 def test_a_policy_does_not_change_in_place() -> None:
@@ -126,6 +131,7 @@ def test_a_policy_does_not_change_in_place() -> None:
         ),
         ({"modules": {"audio": "gone"}}, "'keep', 'on-demand' or 'off' (got 'gone')"),
         ({"modules": {"audio": {"park_to": "moon"}}}, "'auto', 'host' or 'disk' (got 'moon')"),
+        ({"modules": {"text": {"precision": "int3"}}}, "'float16', 'int8' or 'int4' (got 'int3')"),
         ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns', 'window' or 'refuse' (got 'spill')"),
         ({"kv": {"max_tokens": 3}}, "kv.max_tokens: Input should be greater than or equal to 16 (got 3)"),
         ({"kv": {"max_conversations": 0}}, "kv.max_conversations: Input should be greater than or equal to 1 (got 0)"),
