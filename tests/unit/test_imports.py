@@ -27,8 +27,8 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"engine"}, True),
     ({"training", "server", "widgets", "figures"}, False),
     ({"modules"}, True),
-    ({"workbench"}, True),
-    ({"opening"}, True),
+    ({"engine_bench", "remote_workbench", "workbench"}, True),
+    ({"opening", "serving"}, True),
     ({"bench"}, True),
     ({"cli", "demo", "doctor", "gpus", "magic"}, True),
 )
