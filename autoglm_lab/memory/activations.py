@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any, Literal
-
-import numpy as np
-from torch import Tensor
+from dataclasses import replace
+from typing import Any
 
 from autoglm_lab.memory.allocator_model import AllocatorModel, Held
+from autoglm_lab.memory.encoder_tapes import EncoderTapes, Encoding, Medium, MediumInputs, blank
 from autoglm_lab.memory.page_format import PageFormat
+from autoglm_lab.memory.step_work import Peak, Steps, UntracedError, Work
 from autoglm_lab.memory.tape import Tape, TapeFamily
 from autoglm_lab.memory.traced_model import Kind, TracedModel
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.loading import Outline
+from autoglm_lab.models.precision import precisions_of
 from autoglm_lab.schedule import BATCH_SIZES, FEED_FORWARD_TOKENS, prefill_chunks
 from autoglm_lab.units import MiB
 
@@ -26,66 +25,7 @@ _GRAPH_SCRATCH = 22 * MiB
 for a second of four rows (docs/benchmarks.md, "keys and values"), of which tensors explain 2 and 22."""
 _SHORT, _LONG = (64, 128, 256, 384), (1024, 1536, 2048, 3072)
 
-Medium = Literal["vision", "audio"]
-
-
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """The most that a phase holds in torch's allocator.
-
-    Attributes:
-        allocated: bytes in tensors.
-        reserved: bytes that the allocator takes from the device for them.
-        left: further bytes that it keeps from the phase before; it gives them back where memory is short.
-    """
-
-    allocated: int
-    reserved: int
-    left: int = 0
-
-    @property
-    def cached(self) -> int:
-        return max(0, self.reserved - self.allocated)
-
-
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """What a request lets the engine do.
-
-    Attributes:
-        form: of the pages; None: the model keeps its own cache, and ``prefill`` and ``decode`` hold it.
-        prompt: tokens that are read.
-        kept: tokens in the cache at the end.
-        chunk: most tokens of one step.
-        batch: conversations that decode together.
-        graphs: whether decode steps are captured.
-    """
-
-    form: PageFormat | None
-    prompt: int
-    kept: int
-    chunk: int
-    batch: int
-    graphs: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The peaks of a request's phases.
-
-    Attributes:
-        encode: None where there is nothing to encode.
-        features: bytes of the encoders' outputs, which stay while the prompt is read.
-        own_cache: bytes of keys and values that lie among the tensors of prefill and decode.
-        graphs: bytes of captured decode steps.
-    """
-
-    encode: Peak | None
-    prefill: Peak
-    decode: Peak
-    features: int = 0
-    own_cache: int = 0
-    graphs: int = 0
+_MOST_TAPES = 64
 
 
 class Activations:
@@ -99,30 +39,63 @@ class Activations:
         self._outline, self._kind = outline, kind
         self._config: Any = outline.model.config
         self._families: dict[Any, TapeFamily | None] = {}
-        self._media: dict[Any, tuple[Tape, int] | None] = {}
+        self._tapes: dict[Any, Tape] = {}
+        self._encoders = EncoderTapes(lambda: self._traced)
+        self._media: dict[Any, MediumInputs] = {}
+        self._failed: set[Any] = set()
         self._owned: dict[Any, tuple[Peak, int]] = {}
+        self._models: dict[int, TracedModel] = {}
+        self._before_trace: Callable[[], None] = _at_once
         self._lock = threading.RLock()
         self.notes: tuple[str, ...] = ()
 
     def work(self, steps: Steps, workload: Workload, media: Sequence[Medium]) -> Work:
         """The peaks of every phase; milliseconds where the same kind of step was traced before."""
         with self._lock:
-            try:
-                work = self._work(steps, workload, media)
-            except Exception as error:  # noqa: BLE001 - any model's own code runs here
-                self._note_failure("the steps of this model", error)
-                work = Work(None, Peak(0, 0), Peak(0, 0))
-            return work if self._kind == "cuda" else _uncached(work)
+            encoded = []
+            for medium in media:
+                found = self._encoding(medium, workload)
+                if found is not None:
+                    encoded += [found] * (workload.images if medium == "vision" else 1)
+            return self._told(steps, encoded)
 
-    def _work(self, steps: Steps, workload: Workload, media: Sequence[Medium]) -> Work:
-        counted = [(self._medium(one, workload), workload.images if one == "vision" else 1) for one in media]
-        encoded = [(traced, count) for traced, count in counted if traced is not None]
-        allocator, features = AllocatorModel(), 0
-        encode = None
-        for (tape, nbytes), count in encoded:
-            for _ in range(count):
-                allocator.play(tape)  # what it keeps, its output, stays in the model of the allocator
-                features += nbytes
+    def request(
+        self, steps: Steps, media: Sequence[MediumInputs], before_trace: Callable[[], None] | None = None
+    ) -> Work:
+        """The peaks of one real request.
+
+        Args:
+            media: what its encoders are given, one after the other.
+            before_trace: called before each recording; None: nothing is recorded, and nobody waits for who records.
+
+        Raises:
+            UntracedError: something would have to be recorded first.
+        """
+        if not self._lock.acquire(blocking=before_trace is not None):
+            raise UntracedError
+        try:
+            self._before_trace = _refuse if before_trace is None else before_trace
+            found = (self._encoding(one.medium, one) for one in media)
+            return self._told(steps, [one for one in found if one is not None])
+        finally:
+            self._before_trace = _at_once
+            self._lock.release()
+
+    def _told(self, steps: Steps, encoded: Sequence[Encoding]) -> Work:
+        try:
+            work = self._work(steps, encoded)
+        except UntracedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - any model's own code runs here
+            self._note_failure("the steps of this model", error)
+            work = Work(None, Peak(0, 0), Peak(0, 0))
+        return work if self._kind == "cuda" else _uncached(work)
+
+    def _work(self, steps: Steps, encoded: Sequence[Encoding]) -> Work:
+        allocator, features, encode = AllocatorModel(), 0, None
+        for tape, nbytes in encoded:
+            allocator.play(tape)  # what it keeps, its output, stays in the model of the allocator
+            features += nbytes
         if encoded:
             encode = Peak(allocator.peak_allocated, allocator.reserved)
         if steps.form is None:
@@ -153,6 +126,8 @@ class Activations:
         return Peak(allocator.peak_allocated, allocator.reserved)
 
     def _chunks(self, steps: Steps) -> list[tuple[int, int]]:
+        if steps.chunks is not None:
+            return list(steps.chunks)
         if self._bidirectional:  # a turn of the user is read at once
             return [(0, steps.prompt)]
         return prefill_chunks(0, steps.prompt, steps.chunk)
@@ -165,7 +140,11 @@ class Activations:
             lambda total: self._traced.decode(form, batch, total - 1),
             [(256,), (4096,)],
         )
-        tape = self._traced.decode(form, batch, steps.kept - 1) if family is None else family.at(steps.kept)
+        if family is None:
+            key = "decode", form, batch, steps.kept
+            tape = self._tape(key, lambda: self._traced.decode(form, batch, steps.kept - 1))
+        else:
+            tape = family.at(steps.kept)
         return tape.peak if self._kind == "cpu" else _reserved(tape)
 
     def _graphs(self, steps: Steps) -> int:
@@ -175,9 +154,8 @@ class Activations:
             pool.play(tape)
         return pool.reserved + _GRAPH_SCRATCH
 
-    @lru_cache(maxsize=16)  # noqa: B019 - a planner lives as long as its model is asked for
-    def _captured(self, form: PageFormat, size: int) -> Tape:
-        return self._traced.decode(form, size, 255)
+    def _captured(self, form: PageFormat | None, size: int) -> Tape:
+        return self._tape(("captured", form, size), lambda: self._traced.decode(form, size, 255))
 
     def _prefill_tape(self, form: PageFormat | None, before: int, new: int) -> Tape:
         short, whole = new <= FEED_FORWARD_TOKENS, self._bidirectional
@@ -197,7 +175,17 @@ class Activations:
         )
         if family is not None:
             return family.at(before, new)
-        return self._traced.prefill(form, before, new, bidirectional=whole)
+        key = "prefill", form, before, new
+        return self._tape(key, lambda: self._traced.prefill(form, before, new, bidirectional=whole))
+
+    def _tape(self, key: Any, record: Callable[[], Tape]) -> Tape:
+        """A tape of one length alone."""
+        if key not in self._tapes:
+            made = record()
+            while len(self._tapes) >= _MOST_TAPES:
+                del self._tapes[next(iter(self._tapes))]
+            self._tapes[key] = made
+        return self._tapes[key]
 
     def _family(
         self,
@@ -216,17 +204,26 @@ class Activations:
 
     # encoders
 
-    def _medium(self, medium: Medium, workload: Workload) -> tuple[Tape, int] | None:
-        """The tape of encoding one medium, and the bytes of its output."""
-        key = medium, workload.image_size if medium == "vision" else workload.audio_seconds
+    def _encoding(self, medium: Medium, what: Workload | MediumInputs) -> Encoding | None:
+        """What encoding one medium allocates; None where it cannot be recorded."""
+        if isinstance(what, MediumInputs):
+            key = what.key
+        else:
+            key = medium, what.image_size if medium == "vision" else what.audio_seconds
+        if key in self._failed:
+            return None
+        try:
+            return self._encoders.of(what if isinstance(what, MediumInputs) else self._blank(key, what))
+        except UntracedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - any model's own code runs here
+            self._failed.add(key)
+            self._note_failure(f"encoding with {medium}", error)
+            return None
+
+    def _blank(self, key: tuple[Any, ...], workload: Workload) -> MediumInputs:
         if key not in self._media:
-            try:
-                inputs = media_inputs(self._outline.processor(), self._outline.model, medium, workload)
-                tape, nbytes = self._traced.encode("image" if medium == "vision" else "audio", inputs)
-                self._media[key] = tape, nbytes
-            except Exception as error:  # noqa: BLE001 - any model's own code runs here
-                self._media[key] = None
-                self._note_failure(f"encoding with {medium}", error)
+            self._media[key] = blank(self._outline.processor(), self._outline.model, key[0], workload)
         return self._media[key]
 
     def _note_failure(self, what: str, error: Exception) -> None:
@@ -261,13 +258,23 @@ class Activations:
 
     # what is traced
 
-    @cached_property
+    @property
     def _traced(self) -> TracedModel:
-        return TracedModel(self._config, self._outline.dtype, self._kind, self._period)
+        return self._model_of(self._period)
 
-    @cached_property
+    @property
     def _deeper(self) -> TracedModel:
-        return TracedModel(self._config, self._outline.dtype, self._kind, 2 * self._period)
+        return self._model_of(2 * self._period)
+
+    def _model_of(self, layers: int) -> TracedModel:
+        """The model that is recorded; whoever asks for it is about to record."""
+        self._before_trace()
+        if layers not in self._models:
+            made = TracedModel(
+                self._config, self._outline.dtype, self._kind, layers, precisions=precisions_of(self._outline.model)
+            )
+            self._models[layers] = made
+        return self._models[layers]
 
     @property
     def _period(self) -> int:
@@ -281,24 +288,6 @@ class Activations:
         return bool(getattr(self._config, "bidirectional_prompt", False))
 
 
-def media_inputs(processor: Any, model: Any, medium: Medium, workload: Workload) -> dict[str, Tensor]:
-    """What the model's encoder is given for one blank image or silent sound of the workload's size."""
-    import inspect
-
-    if medium == "vision":
-        from PIL import Image
-
-        given = processor.image_processor(images=[Image.new("RGB", workload.image_size)], return_tensors="pt")
-        encoder = model.get_image_features
-    else:
-        front = processor.feature_extractor
-        silence = np.zeros(round(workload.audio_seconds * front.sampling_rate), np.float32)
-        given = front(silence, sampling_rate=front.sampling_rate, return_tensors="pt")
-        encoder = model.get_audio_features
-    accepted = inspect.signature(encoder).parameters
-    return {name: value for name, value in given.items() if name in accepted and isinstance(value, Tensor)}
-
-
 def captured_batches(conversations: int) -> tuple[int, ...]:
     """Batches whose decode step is captured: one alone, and all together as far as there is a step for so many."""
     together = next((size for size in BATCH_SIZES if size >= conversations), 1)
@@ -306,8 +295,24 @@ def captured_batches(conversations: int) -> tuple[int, ...]:
 
 
 def _telling(chunks: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The chunks that can hold the peak: the first two, and the last."""
-    return chunks if len(chunks) <= 3 else [*chunks[:2], chunks[-1]]
+    """The chunks that can hold the peak: the first two, the last, and one between them where it is longer."""
+    if len(chunks) <= 3:
+        return chunks
+    told = [*chunks[:2], chunks[-1]]
+    longest = max(chunks[2:-1], key=_length)
+    return sorted([*told, longest]) if _length(longest) > max(map(_length, chunks[:2])) else told
+
+
+def _length(chunk: tuple[int, int]) -> int:
+    return chunk[1] - chunk[0]
+
+
+def _at_once() -> None:
+    """Record without asking."""
+
+
+def _refuse() -> None:
+    raise UntracedError
 
 
 def _uncached(work: Work) -> Work:

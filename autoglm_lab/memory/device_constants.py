@@ -28,6 +28,7 @@ class PlanDevice:
         working: the same when every phase has been gone through once: kernels, streams, graphs.
         workspaces: what cuBLAS keeps in torch's allocator.
         estimated: whether the constants were measured on another kind of device.
+        host_free: bytes of host memory that can be had beside a GPU; None: not known.
         leftovers: what this process holds that no owner answers for: variables, what Python took since the start.
     """
 
@@ -41,6 +42,7 @@ class PlanDevice:
     workspaces: int
     estimated: bool
     leftovers: int = 0
+    host_free: int | None = None
 
 
 # docs/benchmarks.md, "ledger", in the column without owners: what the driver holds beside weights and allocator was
@@ -90,6 +92,7 @@ def measured(accelerator: Accelerator) -> PlanDevice:
         working=max(grown, device.context + device.working - context) if context else device.working,
         workspaces=max(rows.get("workspaces", 0), device.workspaces),
         estimated=False,
+        host_free=host_memory()[1],
     )
 
 
@@ -111,7 +114,7 @@ def _of_torch(name: str, budget: int | None) -> PlanDevice:
         properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
-        return _cuda(str(properties.name), int(total), int(free) + held)
+        return replace(_cuda(str(properties.name), int(total), int(free) + held), host_free=host_memory()[1])
     if budget is None:
         raise LabError(f"there is no GPU here, so its size is not known: give a budget, or {_known()}")
     return _cuda("a CUDA card", budget, budget)

@@ -97,6 +97,8 @@ class Plan:
         notes: what is estimated and what is not counted, one sentence each.
         why: why this policy, in two lines, where it was chosen and not given; see `plan_choice`.
         estimated: whether the constants come from another kind of device.
+        host_needed: bytes of host memory beside a GPU, for keys and values there and for copies of modules.
+        host_limit: bytes of it that can be had; None: not known, or the device is the host.
         drawer: draws `figure`; whoever makes the plan gives it.
     """
 
@@ -111,6 +113,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     why: str = ""
     estimated: bool = False
+    host_needed: int = 0
+    host_limit: int | None = None
     drawer: Callable[[Plan], Any] | None = field(default=None, compare=False)
 
     def __getitem__(self, phase: str) -> PhasePlan:
@@ -131,8 +135,13 @@ class Plan:
         return self.limit - self.largest.needed
 
     @property
+    def host_missing(self) -> int:
+        """Bytes of host memory that are missing; 0: it has enough, or it is not known."""
+        return 0 if self.host_limit is None else max(0, self.host_needed - self.host_limit)
+
+    @property
     def fits(self) -> bool:
-        return self.margin >= 0
+        return self.margin >= 0 and not self.host_missing
 
     @property
     def verdict(self) -> Verdict:
@@ -177,6 +186,8 @@ class Plan:
             "limit": self.limit,
             "verdict": self.verdict,
             "margin": self.margin,
+            "host_needed": self.host_needed,
+            "host_limit": self.host_limit,
             "largest": self.largest.name,
             "phases": [
                 {

@@ -85,10 +85,10 @@ def choose(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Choice
 
     def least(qualities: Iterable[_Option], workload: Workload) -> Plan:
         plans = [_of(planner, policy, (quality, *way), workload) for quality in qualities for way in frugal]
-        return min(plans, key=lambda plan: plan.largest.needed)
+        return min(plans, key=_leanness)
 
     if not _fits(least(qualities[-len(_PRECISIONS) :], workload)):
-        leanest = min((least([quality], workload) for quality in qualities), key=lambda plan: plan.largest.needed)
+        leanest = min((least([quality], workload) for quality in qualities), key=_leanness)
         smaller = (told for told, less in _smaller(workload) if _fits(least(qualities[:1], less)))
         return _none(leanest, next(smaller, None))
     for quality in qualities:
@@ -141,7 +141,11 @@ def _told(plan: Plan, first: str, second: str) -> Choice:
 
 
 def _fits(plan: Plan) -> bool:
-    return _missing(plan) <= 0
+    return _missing(plan) <= 0 and not plan.host_missing
+
+
+def _leanness(plan: Plan) -> tuple[int, int]:
+    return plan.host_missing, plan.largest.needed
 
 
 def _missing(plan: Plan) -> int:

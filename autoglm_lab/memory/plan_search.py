@@ -8,16 +8,20 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from autoglm_lab.memory.plan import Alternative, Plan
+from autoglm_lab.memory.workload import Workload
+from autoglm_lab.policy import MemoryPolicy
 
 if TYPE_CHECKING:
     from autoglm_lab.memory.planner import Planner
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
     """One setting that frees memory.
 
     Attributes:
+        settings: as `MemoryPolicy.replace` takes them.
+        written: as a person writes it.
         rank: how much it costs: 0 nothing that one notices, 1 speed, 2 what it can do, 3 quality.
     """
 
@@ -36,8 +40,8 @@ def alternatives(planner: Planner, plan: Plan) -> tuple[Alternative, ...]:
 
     Pairs are looked at only where no single change fits, and only those that free more than either of their changes.
     """
-    tried = [(change, *_tried(planner, plan, (change,))) for change in _changes(planner, plan)]
-    useful = [entry for entry in tried if entry[1].frees > 0]
+    tried = [(change, *_tried(planner, plan, (change,))) for change in changes(planner, plan.policy, plan.workload)]
+    useful = [entry for entry in tried if entry[1].frees > 0 or entry[1].fits]
     found = [(one, rank) for _, one, rank in useful]
     if not any(one.fits for one, _ in found):
         for (change, one, _), (other_change, other, _) in combinations(useful, 2):
@@ -50,25 +54,31 @@ def alternatives(planner: Planner, plan: Plan) -> tuple[Alternative, ...]:
     return tuple(one for one, _ in found)
 
 
-def _tried(planner: Planner, plan: Plan, changes: tuple[_Change, ...]) -> tuple[Alternative, int]:
+def _tried(planner: Planner, plan: Plan, chosen: tuple[Change, ...]) -> tuple[Alternative, int]:
     policy = plan.policy
-    for change in changes:
+    for change in chosen:
         policy = policy.replace(**change.settings)
     other = planner.plan(policy, plan.workload, search=False)
     nbytes = other.largest.needed
     return Alternative(
         policy=policy,
-        change=" and ".join(change.written for change in changes),
-        costs="; ".join(change.costs for change in changes),
-        lossy=any(change.lossy for change in changes),
+        change=" and ".join(change.written for change in chosen),
+        costs="; ".join(change.costs for change in chosen),
+        lossy=any(change.lossy for change in chosen),
         nbytes=nbytes,
         frees=plan.largest.needed - nbytes,
-        fits=nbytes <= plan.limit,
-    ), sum(4**change.rank for change in changes)
+        fits=other.fits,
+    ), sum(4**change.rank for change in chosen)
 
 
-def _changes(planner: Planner, plan: Plan) -> Iterator[_Change]:
-    policy, workload = plan.policy, plan.workload
+def changes(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
+    """Single settings that could free memory for ``workload``."""
+    yield from _of_modules(planner, policy, workload)
+    yield from _of_steps(planner, policy, workload)
+    yield from _of_kept(planner, policy, workload)
+
+
+def _of_modules(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
     for name in ("vision", "audio"):
         if name not in planner.modules or policy.module(name).residency != "keep":
             continue
@@ -79,6 +89,9 @@ def _changes(planner: Planner, plan: Plan) -> Iterator[_Change]:
         )
         if not asked:
             yield _setting({"modules": {name: "off"}}, f"modules.{name}='off'", f"{what} is refused", 2)
+
+
+def _of_steps(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
     for chunk in (1024, 512, 256):
         if chunk < min(policy.kv.chunk, workload.context):
             yield _setting({"kv": {"chunk": chunk}}, f"kv.chunk={chunk}", "prompts are read a little slower", 0)
@@ -86,8 +99,13 @@ def _changes(planner: Planner, plan: Plan) -> Iterator[_Change]:
         yield _setting({"kv": {"graphs": False}}, "kv.graphs=False", "decoding is several times slower", 1)
     if policy.kv.encoder_bytes:
         yield _setting({"kv": {"encoder_bytes": 0}}, "kv.encoder_bytes=0", "an image seen again is encoded again", 0)
+
+
+def _of_kept(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
     if policy.kv.place == "device" and planner.device.kind == "cuda":
         yield _setting({"kv": {"place": "host"}}, "kv.place='host'", "long contexts decode slower", 1)
+    if policy.kv.place == "host" and planner.device.kind == "cuda":
+        yield _setting({"kv": {"place": "device"}}, "kv.place='device'", "the device holds keys and values again", 0)
     order = ("model", "int8", "int4")
     for precision in order[order.index(policy.kv.precision) + 1 :]:
         yield _setting(
@@ -101,11 +119,11 @@ def _changes(planner: Planner, plan: Plan) -> Iterator[_Change]:
             yield _setting(settings, written, f"turns older than {tokens:,} tokens are forgotten (lossy)", 3)
 
 
-def _setting(settings: dict[str, Any], written: str, costs: str, rank: int) -> _Change:
-    return _Change(settings, written, costs, rank)
+def _setting(settings: dict[str, Any], written: str, costs: str, rank: int) -> Change:
+    return Change(settings, written, costs, rank)
 
 
-def _touch_the_same(one: _Change, other: _Change) -> bool:
+def _touch_the_same(one: Change, other: Change) -> bool:
     def names(settings: dict[str, Any]) -> set[tuple[str, str]]:
         return {(part, name) for part, value in settings.items() for name in value}
 

@@ -76,7 +76,13 @@ def _sentence(plan: Plan) -> str:
     peak = f"{format_bytes(largest.needed)} in {largest.name}, of {limit}"
     if plan.fits:
         return f"{plan.model} fits: {peak}; {format_bytes(plan.margin)} to spare"
-    return f"{plan.model} {plan.verdict}: {peak}; {format_bytes(-plan.margin)} missing"
+    missing = [f"{format_bytes(-plan.margin)} missing"] if plan.margin < 0 else []
+    if plan.host_missing:
+        missing.append(
+            f"keys, values and parked weights need {format_bytes(plan.host_needed)} of the host, "
+            f"which has {format_bytes(plan.host_limit)}"
+        )
+    return f"{plan.model} {plan.verdict}: {peak}; {'; '.join(missing)}"
 
 
 def _circumstances(plan: Plan) -> str:

@@ -6,21 +6,26 @@ own code on tensors without data (`activations`), the rest from constants of the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+import json
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from autoglm_lab.memory.activations import Activations, Medium, Peak, Steps, Work, captured_batches
+from autoglm_lab.memory.activations import Activations, captured_batches
 from autoglm_lab.memory.device_constants import PlanDevice
+from autoglm_lab.memory.encoder_tapes import Medium, MediumInputs
 from autoglm_lab.memory.host_prefetch import stage_width
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.plan import PhasePlan, Plan, PlannedPhase, PlanRow
 from autoglm_lab.memory.plan_search import alternatives
 from autoglm_lab.memory.slab import lay_out
+from autoglm_lab.memory.step_work import Peak, RequestCost, Steps, Work
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy, named_tensors
 from autoglm_lab.models.loading import Outline
+from autoglm_lab.models.precision import precisions_of
 from autoglm_lab.policy import MemoryPolicy
 
 _CHUNK = 2 << 20
@@ -76,10 +81,43 @@ class Planner:
             phases=phases,
             notes=(*notes, *self._activations.notes, *self._notes()),
             estimated=self.device.estimated,
+            host_needed=self._on_host(policy, workload, steps),
+            host_limit=self.device.host_free,
         )
         if plan.fits or not search:
             return plan
         return replace(plan, alternatives=alternatives(self, plan))
+
+    def request(
+        self,
+        policy: MemoryPolicy,
+        *,
+        prompt: int,
+        kept: int,
+        chunks: Sequence[tuple[int, int]],
+        batch: int = 1,
+        media: Sequence[MediumInputs] = (),
+        before_trace: Callable[[], None] | None = None,
+    ) -> RequestCost:
+        """What one real request needs, whose prompt and media are known.
+
+        Args:
+            prompt: tokens of the prompt, those included that are in the cache already.
+            kept: most tokens in the cache at its end.
+            chunks: the spans of the prompt that are read.
+            batch: conversations that answer together, this one included.
+            media: what is encoded for it.
+            before_trace: called before each recording; None: nothing is recorded.
+
+        Raises:
+            UntracedError: something would have to be recorded first.
+        """
+        form = self._form(policy)
+        graphs = self.device.kind == "cuda" and policy.kv.graphs and form is not None
+        steps = Steps(form, prompt, kept, policy.kv.chunk, batch, graphs, tuple(chunks))
+        work = self._activations.request(steps, media, before_trace)
+        on_host = policy.kv.place == "host" and self.device.kind == "cuda"
+        return RequestCost(work, 0 if on_host else self._in_chunks(self._kv(steps, kept)))
 
     def kv_tokens(self, policy: MemoryPolicy) -> int | None:
         """Most tokens of one conversation that the policy allows; None: as many as the model takes."""
@@ -189,6 +227,14 @@ class Planner:
     def _in_chunks(self, nbytes: int) -> int:
         return -(-nbytes // _CHUNK) * _CHUNK if self.device.kind == "cuda" else nbytes
 
+    def _on_host(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> int:
+        """Bytes of the host beside a GPU: keys and values that are to lie there, copies of modules that come off."""
+        if self.device.kind == "cpu":
+            return 0
+        kv = self._kv(steps, steps.kept) * workload.conversations if policy.kv.place == "host" else 0
+        parts = [(self._weights[name], policy.module(name)) for name in self._weights]
+        return kv + sum(nbytes for nbytes, part in parts if part.residency != "keep" and part.park_to != "disk")
+
     def _kv_rows(self, policy: MemoryPolicy, nbytes: int, name: str = "KV") -> list[PlanRow]:
         on_host = policy.kv.place == "host" and self.device.kind == "cuda"
         nbytes = self._in_chunks(nbytes)
@@ -204,13 +250,14 @@ class Planner:
         return tuple(notes)
 
 
-_known: dict[tuple[str, str, str], Planner] = {}
+_known: dict[tuple[str, str, str, str], Planner] = {}
 _MOST_KNOWN = 4
 
 
 def planner(outline: Outline, device: PlanDevice) -> Planner:
     """The planner of a model on a kind of device; what an earlier one of the same shapes has learnt is used again."""
-    key = outline.model.config.to_json_string(use_diff=False), str(outline.dtype), device.kind
+    precisions = json.dumps(precisions_of(outline.model), sort_keys=True)
+    key = outline.model.config.to_json_string(use_diff=False), str(outline.dtype), device.kind, precisions
     found = _known.pop(key, None)
     if found is None:
         found = Planner(outline, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -157,6 +159,37 @@ def test_limits_of_keys_and_values_cut_what_is_planned(phone):
     on_host = phone.plan(MemoryPolicy(kv={"place": "host"}), Workload())
     assert not on_host["decode"].of("KV")
     assert on_host["decode"].of("KV stages") == 2 * 1024 * 16 * 1024
+
+
+def test_keys_and_values_on_the_host_are_held_to_what_the_host_has(phone):
+    work, on_host = Workload(context=32_768, new_tokens=256), MemoryPolicy(kv={"place": "host"})
+    roomy, short = (phone.of(replace(phone.device, host_free=nbytes)) for nbytes in (2 * GiB, 1 * GiB))
+    assert roomy.plan(on_host, work).fits
+    plan = short.plan(on_host, work)
+    pages = (32_768 + 256) // 16
+    assert plan.host_needed == pages * 16 * 40_960
+    assert plan.margin > 0 and not plan.fits and plan.verdict == "fits with changes"
+    assert plan.alternatives[0].change == "kv.place='device'"
+    assert "keys, values and parked weights need 1.26 GiB of the host, which has 1.00 GiB" in str(plan)
+    assert plan.to_dict()["host_needed"] == plan.host_needed
+    parked = short.plan(MemoryPolicy(modules={"vision": "on-demand"}), work)
+    assert parked.host_needed == phone.plan(MemoryPolicy(), work)["load"].of("vision")
+    assert phone.plan(on_host, work).host_limit is None
+
+
+def test_images_of_patches_are_known_for_every_size_after_two(monkeypatch):
+    predict = Planner(outline("autoglm-phone-9b"), plan_device("H200", None, None))
+    for size in ((336, 336), (532, 1176)):
+        predict.plan(MemoryPolicy(), Workload(context=4096, images=1, image_size=size))
+    monkeypatch.delattr(TracedModel, "encode")
+    plan = predict.plan(MemoryPolicy(), Workload(context=4096, images=1, image_size=(1092, 2408)))
+    assert not [note for note in plan.notes if "could not be traced" in note]
+    monkeypatch.undo()
+    config = preset("autoglm-phone-9b").config()
+    pixels = torch.zeros(78 * 172, 1176)
+    inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 78, 172]])}
+    tape, _ = TracedModel(config, torch.bfloat16, "cuda", 3).encode("image", inputs)
+    assert plan["encode"].of("activations") == pytest.approx(tape.peak, rel=2e-3)
 
 
 def test_what_does_not_fit_says_what_would(phone):
