@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,7 @@ class Encoder:
             "audio": getattr(model, "get_audio_features", None),
         }
         self._takes_outputs = "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+        self._asks = {kind: _asked(encode) for kind, encode in self._encoders.items() if encode is not None}
         self._weights, self._writes = tuple(model.parameters()), 0
         self._listed: dict[MediaKind, bool] = {}
         self._mixed: set[MediaKind] = set()
@@ -49,19 +50,29 @@ class Encoder:
         return (
             self._takes_outputs
             and not any(run.kind in self._mixed for run in runs)
-            and all(self._encoders[run.kind] is not None and prompt.inputs_of(run) for run in runs)
+            and all(self._encoders[run.kind] is not None and self._has_all(prompt, run) for run in runs)
         )
+
+    def _has_all(self, prompt: Prompt, run: MediaRun) -> bool:
+        given = prompt.inputs_of(run)
+        return run.digest in prompt.live or (bool(given) and self._asks[run.kind] <= given.keys())
 
     def missing(self, prompt: Prompt, start: int) -> set[MediaKind]:
         """The kinds of media from token ``start`` on that an encoder has to run for."""
+        return {run.kind for run in self.missing_runs(prompt, start)}
+
+    def missing_runs(self, prompt: Prompt, start: int) -> list[MediaRun]:
+        """The media from token ``start`` on that an encoder has to run for, one of each content."""
         self._forget_outdated()
-        return {
-            run.kind
+        kept = self._store is not None and self.separate(prompt, start)
+        missing = {
+            run.digest: run
             for run in prompt.runs
             if run.start >= start
             and run.digest not in prompt.live
-            and not (self._store is not None and self.separate(prompt, start) and self._store.has(_key(prompt, run)))
+            and not (kept and self._store is not None and self._store.has(_key(prompt, run)))
         }
+        return list(missing.values())
 
     def knows(self, kind: MediaKind, digest: str) -> bool:
         """Whether an output of this content is kept, in some size: to be asked before it is prepared."""
@@ -95,14 +106,25 @@ class Encoder:
         given: dict[str, Any] = {}
         for kind in ("image", "audio"):
             parts = [
-                outputs[run.digest][max(0, start - run.start) : end - run.start]
+                outputs[run.digest][run.features_before(start) : run.features_before(end)]
                 for run in prompt.runs
-                if run.kind == kind and run.start < end and run.start + run.length > start
+                if run.kind == kind and run.features_before(start) < run.features_before(end)
             ]
             if parts:
                 pooled = tuple(parts) if self._listed.get(kind, kind == "image") else torch.cat(parts)
                 given[kind] = BaseModelOutputWithPooling(pooler_output=pooled)  # type: ignore[arg-type]
-        return {"mm_encoder_outputs": given} if given else {}
+        return {"mm_encoder_outputs": _Watched(given)} if given else {}
+
+    def check_used(self, arguments: dict[str, Any]) -> None:
+        """After a forward with `arguments`: some families take encoder outputs of one kind and ignore another's.
+
+        Raises:
+            UnusedOutputsError: the forward did not look at one of them. From now on the model encodes that kind itself.
+        """
+        given = arguments.get("mm_encoder_outputs")
+        if isinstance(given, _Watched) and given.unread:
+            self._mixed |= given.unread
+            raise UnusedOutputsError(f"this model takes no encoder outputs for {', '.join(sorted(given.unread))}")
 
     def _forget_outdated(self) -> None:
         """Outputs of weights that were written since are no longer true. A write through ``.data`` leaves no trace."""
@@ -116,7 +138,11 @@ class Encoder:
         encoder = self._encoders[run.kind]
         assert encoder is not None
         inputs = {name: value.to(self._model.device) for name, value in prompt.inputs_of(run).items()}
-        output = encoder(**inputs, return_dict=True)
+        try:
+            output = encoder(**inputs, return_dict=True)
+        except TypeError:  # it asks for something else than the processor gives
+            self._mixed.add(run.kind)
+            return None
         pooled = getattr(output, "pooler_output", None)
         extra = {name for name, value in getattr(output, "items", dict)() if value is not None} - _PLAIN
         if pooled is None or extra:
@@ -125,10 +151,48 @@ class Encoder:
         self._listed[run.kind] = isinstance(pooled, list | tuple)
         features = torch.cat(list(pooled)) if isinstance(pooled, list | tuple) else pooled
         features = features.reshape(-1, features.shape[-1])
-        if features.shape[0] != run.length:
+        if features.shape[0] != run.features:
             self._mixed.add(run.kind)
             return None
         return features
+
+
+class UnusedOutputsError(Exception):
+    """A forward ignored encoder outputs that it was given."""
+
+
+class _Watched(dict[str, Any]):
+    """Encoder outputs by kind, and which of them nobody has looked at."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__(given)
+        self.unread: set[Any] = set(given)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.unread.discard(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.unread.discard(key)
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()  # so that a copy asks for each of them, instead of taking the whole table
+
+    def items(self) -> Any:
+        self.unread.clear()
+        return super().items()
+
+    def values(self) -> Any:
+        self.unread.clear()
+        return super().values()
+
+
+def _asked(encode: Callable[..., Any]) -> set[str]:
+    """The inputs that an encoder's function cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(encode).parameters.values()
+    return {one.name for one in parameters if one.kind in kinds and one.default is inspect.Parameter.empty}
 
 
 def _key(prompt: Prompt, run: MediaRun) -> str:

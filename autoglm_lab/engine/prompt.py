@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, media
+from autoglm_lab.engine.media_runs import MediaKind, MediaRun, media_runs
+from autoglm_lab.engine.messages import Message
+from autoglm_lab.engine.typed_blocks import typed_blocks
 from autoglm_lab.errors import MessageError
 
-MediaKind = Literal["image", "audio"]
+__all__ = ["MediaKind", "MediaRun", "Prompt", "render", "reusable"]
 
-_PLACEHOLDERS: dict[MediaKind, tuple[str, ...]] = {
-    "image": ("image_token_id", "image_token_index"),
-    "audio": ("audio_token_id", "audio_token_index"),
-}
 # What belongs to the sequence itself; every other tensor of a processor belongs to the media.
 _SEQUENCE_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "block_sequence_ids")
-_MEDIA_INPUTS: dict[MediaKind, tuple[str, ...]] = {
-    "image": ("pixel_values", "image_grid_thw", "image_sizes"),
-    "audio": ("input_features", "input_features_mask", "feature_attention_mask"),
-}
-
-
-@dataclass(frozen=True)
-class MediaRun:
-    """One image or sound in the prompt: its placeholder tokens ``[start, start + length)`` and its content's digest."""
-
-    kind: MediaKind
-    start: int
-    length: int
-    digest: str
-
-    @property
-    def span(self) -> tuple[int, int, str]:
-        return self.start, self.length, self.digest
+_OF_SOUNDS = re.compile("audio|speech|input_features|input_values|feature_attention")
 
 
 @dataclass(frozen=True)
@@ -49,6 +31,8 @@ class Prompt:
         runs: media in the order of the prompt.
         inputs: the processor's tensors for the media, by the model's argument name.
         live: features ``[tokens, hidden]`` of sounds that were encoded while they came in, by digest.
+        types: the type of each token, ``[seq]``, by the model's argument name, where the blocks follow from it.
+        together: whether what a medium becomes depends on the others, so that one forward must read all of them.
     """
 
     ids: tuple[int, ...]
@@ -56,36 +40,21 @@ class Prompt:
     runs: tuple[MediaRun, ...]
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     live: dict[str, torch.Tensor] = field(default_factory=dict)
+    types: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    together: bool = False
 
     def tokens_of(self, kind: MediaKind) -> int:
         return sum(run.length for run in self.runs if run.kind == kind)
 
-    def runs_from(self, start: int, kind: MediaKind) -> list[MediaRun]:
-        return [run for run in self.runs if run.kind == kind and run.start >= start]
-
-    def inputs_from(self, start: int) -> dict[str, torch.Tensor]:
-        """The media tensors that the tokens from ``start`` on need: those of media before it are left out."""
-        chosen: dict[str, torch.Tensor] = {}
-        for kind, names in _MEDIA_INPUTS.items():
-            needed = self.runs_from(start, kind)
-            given = [name for name in names if needed and name in self.inputs]
-            if not start:
-                chosen |= {name: self.inputs[name] for name in given}
-            elif given:
-                parts = [self.inputs_of(run) for run in needed]
-                chosen |= {name: torch.cat([part[name] for part in parts]) for name in given}
-        known = {name for names in _MEDIA_INPUTS.values() for name in names}
-        return chosen | {name: value for name, value in self.inputs.items() if name not in known}
-
     def inputs_of(self, run: MediaRun) -> dict[str, torch.Tensor]:
         """The media tensors of one image or sound, a batch of one; empty where they cannot be told apart."""
         fellows = [one for one in self.runs if one.kind == run.kind]
+        given = self._inputs_of_kind(run.kind)
+        if len(fellows) == 1:
+            return given
         index = fellows.index(run)
         chosen: dict[str, torch.Tensor] = {}
-        for name in _MEDIA_INPUTS[run.kind]:
-            value = self.inputs.get(name)
-            if value is None:
-                continue
+        for name, value in given.items():
             if value.shape[0] == len(fellows):
                 chosen[name] = value[index : index + 1]
                 continue
@@ -96,11 +65,32 @@ class Prompt:
             chosen[name] = value[first : first + sizes[index]]
         return chosen
 
+    def inputs_within(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """The media tensors of the tokens ``[start, end)``, which cut none of `whole`."""
+        runs = [run for run in self.runs if start <= run.start < end]
+        if len(runs) == len(self.runs):
+            return dict(self.inputs)
+        parts: dict[str, list[torch.Tensor]] = {}
+        for run in runs:
+            for name, value in self.inputs_of(run).items():
+                parts.setdefault(name, []).append(value)
+        return {name: torch.cat(values) for name, values in parts.items()}
+
     def sliceable(self) -> bool:
-        """Whether each medium's tensors can be told apart, so that a reused prefix can leave its media out."""
-        if not all(self.inputs_of(run) for run in self.runs):
-            return False
-        return all(name in _MEDIA_INPUTS["image"] + _MEDIA_INPUTS["audio"] for name in self.inputs)
+        """Whether the media can be read apart from one another, so that a reused prefix can leave some out."""
+        return not self.together and all(self.inputs_of(run) for run in self.runs)
+
+    def whole(self) -> list[tuple[int, int]]:
+        """The spans ``(first, last + 1)`` that one forward must read, where the model itself encodes the media."""
+        if self.runs and not self.sliceable():
+            return [(self.runs[0].start, max(run.end for run in self.runs))]
+        return [(run.start, run.end) for run in self.runs]
+
+    def _inputs_of_kind(self, kind: MediaKind) -> dict[str, torch.Tensor]:
+        if len({run.kind for run in self.runs}) == 1:
+            return dict(self.inputs)
+        sounds = kind == "audio"
+        return {name: value for name, value in self.inputs.items() if bool(_OF_SOUNDS.search(name)) == sounds}
 
 
 def render(
@@ -132,13 +122,18 @@ def render(
     except (ValueError, TypeError, KeyError) as error:
         raise MessageError(f"this model's chat template cannot render the dialogue: {error}") from error
     ids = tuple(batch["input_ids"][0].tolist())
-    blocks = batch.get("block_sequence_ids")
+    given = batch.get("block_sequence_ids")
+    blocks, types = typed_blocks(model, batch) if given is None else (tuple(given[0].tolist()), {})
+    runs = media_runs(model.config, processor, ids, messages)
+    apart = all(hasattr(model, f"get_{kind}_features") for kind in ("image", "audio"))
     return Prompt(
         ids=ids,
-        blocks=None if blocks is None else tuple(blocks[0].tolist()),
-        runs=_runs(model.config, ids, messages),
+        blocks=blocks,
+        runs=runs,
         inputs={name: value for name, value in batch.items() if name not in _SEQUENCE_INPUTS},
         live=live or {},
+        types=types,
+        together=len({run.kind for run in runs}) > 1 and not apart,
     )
 
 
@@ -162,8 +157,9 @@ def reusable(prompt: Prompt, ids: Sequence[int], blocks: Sequence[int] | None, r
         length = _common(prompt.blocks, old_blocks, length)
         if 0 < length < len(prompt.blocks):
             length = _block_start(prompt.blocks, old_blocks, length)
-    if length and prompt.runs and not prompt.sliceable():
-        return 0
+    before = [run for run in prompt.runs if run.start < length]
+    if 0 < len(before) < len(prompt.runs) and not prompt.sliceable():
+        return reusable(prompt, ids[: before[0].start], blocks, ())
     return length
 
 
@@ -181,37 +177,6 @@ def _block_start(blocks: Sequence[int], old: Sequence[int], length: int) -> int:
 def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
     most = max(0, min(most, len(one), len(other)))
     return next((index for index in range(most) if one[index] != other[index]), most)
-
-
-def _runs(config: Any, ids: Sequence[int], messages: Sequence[Message]) -> tuple[MediaRun, ...]:
-    runs: list[MediaRun] = []
-    parts: dict[MediaKind, type[ImagePart | AudioPart]] = {"image": ImagePart, "audio": AudioPart}
-    for kind, part in parts.items():
-        digests = [medium.digest for medium in media(messages, part)]
-        token = next((getattr(config, name) for name in _PLACEHOLDERS[kind] if hasattr(config, name)), None)
-        if not digests:
-            continue
-        spans = _spans(ids, token)
-        if len(spans) != len(digests):
-            raise MessageError(
-                f"the dialogue has {len(digests)} {kind} part(s), but this model's prompt shows {len(spans)}: "
-                f"it may not take {kind} at all; wb.engine.capabilities.modalities lists what it takes"
-            )
-        for (start, end), digest in zip(spans, digests, strict=True):
-            runs.append(MediaRun(kind, start, end - start, digest))
-    return tuple(sorted(runs, key=lambda run: run.start))
-
-
-def _spans(ids: Sequence[int], token: int | None) -> list[tuple[int, int]]:
-    spans: list[tuple[int, int]] = []
-    for index, value in enumerate(ids):
-        if value != token:
-            continue
-        if spans and spans[-1][1] == index:
-            spans[-1] = (spans[-1][0], index + 1)
-        else:
-            spans.append((index, index + 1))
-    return spans
 
 
 def _for_processor(processor: Any, messages: Sequence[Message]) -> list[dict[str, Any]]:

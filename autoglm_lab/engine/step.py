@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from autoglm_lab.engine.decode_graphs import DecodeGraphs
-from autoglm_lab.engine.encoder import Encoder
+from autoglm_lab.engine.encoder import Encoder, UnusedOutputsError
 from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.lean_forward import LeanForward
+from autoglm_lab.engine.pieces import reads_in_pieces
 from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.errors import ConversationError
@@ -46,6 +47,8 @@ class Stepper:
         self._lean = LeanForward(model)
         self._configs = decoder_configs(model) if self._positions.stated else ()
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self._cache_name = "cache_params" if "cache_params" in self._accepted else "past_key_values"
+        self._in_pieces: bool | None = None
 
     @torch.no_grad()
     def prefill(
@@ -70,7 +73,11 @@ class Stepper:
             ContextLimitError: a piece that must be read at once does not fit the window.
         """
         try:
-            return self._prefill(state, prompt, start, chunk, between)
+            try:
+                return self._prefill(state, prompt, start, chunk, between)
+            except UnusedOutputsError:  # the encoder knows now, and leaves them to the model
+                state.keep(start)
+                return self._prefill(state, prompt, start, chunk, between)
         except BaseException:
             state.keep(start)
             raise
@@ -81,9 +88,10 @@ class Stepper:
         end, device = len(prompt.ids), self._model.device
         places = self._positions.of(prompt)
         outputs = self.encoder.encode(prompt, start) if self.encoder.separate(prompt, start) else None
-        whole = [] if outputs is not None else [(run.start, run.start + run.length) for run in prompt.runs]
-        if places is None:  # only the model knows, from all of the prompt
+        whole = [] if outputs is not None else prompt.whole()
+        if places is None or (end - start > chunk and not self._reads_in_pieces(state)):
             chunks = [(start, end)]
+            state.delta = 0 if places is None else places.delta
         else:
             state.delta = places.delta
             chunks = prefill_chunks(start, end, _fitting(chunk, state), prompt.blocks, whole)
@@ -96,17 +104,24 @@ class Stepper:
             if outputs is not None:
                 arguments |= self.encoder.arguments(prompt, outputs, first, last)
             else:
-                arguments |= _media_of(prompt, first, last, device)
+                within = prompt.inputs_within(first, last)
+                arguments |= {name: value.to(device) for name, value in within.items()}
             if places is not None and self._positions.stated:
                 arguments["position_ids"] = places.ids[..., first:last].to(device)
-            if prompt.blocks is not None:
-                blocks = state.without_forgotten(prompt.blocks[:last])
-                arguments["block_sequence_ids"] = torch.tensor([blocks], device=device)
+            arguments |= _blocks_of(prompt, state, first, last, device)
             logits = self._one(state, prompt.ids[first:last], arguments, told=places is not None)
             state.blocks = None if prompt.blocks is None else [*prompt.blocks[:last]]
             state.runs = tuple(run for run in prompt.runs if run.start < last)
         state.publish()
         return logits
+
+    def _reads_in_pieces(self, state: KvState) -> bool:
+        """Whether a prompt read in pieces gives what it gives in one; tried once, where layers keep a state."""
+        if state.paged is not None:
+            return True
+        if self._in_pieces is None:
+            self._in_pieces = reads_in_pieces(self._model, self._forward, told=self._positions.stated)
+        return self._in_pieces
 
     @torch.no_grad()
     def decode(self, states: Sequence[KvState], tokens: Sequence[int]) -> list[Tensor]:
@@ -153,13 +168,12 @@ class Stepper:
             cache = PagedCache([state.paged], len(ids), gathers=not self._configs)
         else:
             cache = state.own = DynamicCache(config=self._model.config) if state.own is None else state.own
+        # What was read is never masked; some models read the mask's length in place of positions, or beside a state.
+        if before == 0 or (told and self._cache_name == "past_key_values"):
+            seen = torch.ones((1, state.held + len(ids)), dtype=torch.long, device=device)
+            arguments = {**arguments, "attention_mask": seen}
         try:
-            logits = self._forward(
-                cache,
-                input_ids=torch.tensor([list(ids)], device=device),
-                attention_mask=torch.ones((1, state.held + len(ids)), dtype=torch.long, device=device),
-                **arguments,
-            )[0]
+            logits = self._forward(cache, input_ids=torch.tensor([list(ids)], device=device), **arguments)[0]
         except BaseException:
             state.keep(before)
             raise
@@ -213,7 +227,9 @@ class Stepper:
         ours = isinstance(cache, PagedCache) and self._configs
         over_pages = paged(self._configs, cache) if ours else contextlib.nullcontext()  # type: ignore[arg-type]
         with over_pages, self._lean.active():
-            logits: Tensor = self._model(past_key_values=cache, use_cache=True, **arguments).logits
+            given: dict[str, Any] = {self._cache_name: cache, "use_cache": True, **arguments}
+            logits: Tensor = self._model(**given).logits
+        self.encoder.check_used(arguments)
         return logits[:, -1].float()
 
 
@@ -232,15 +248,11 @@ def _together(states: Sequence[KvState]) -> list[PagedSequence] | None:
     return sequences if same else None
 
 
-def _media_of(prompt: Prompt, start: int, end: int, device: torch.device) -> dict[str, Tensor]:
-    """The media tensors of the tokens ``[start, end)``; of all from ``start`` on where they cannot be told apart."""
-    runs = [run for run in prompt.runs if start <= run.start < end]
-    if not runs:
+def _blocks_of(prompt: Prompt, state: KvState, start: int, end: int, device: torch.device) -> dict[str, Tensor]:
+    """What tells the model of bidirectional blocks: of all tokens up to ``end``, the cached ones too."""
+    if prompt.blocks is None:
         return {}
-    if not prompt.sliceable():
-        return {name: value.to(device) for name, value in prompt.inputs_from(start).items()}
-    given: dict[str, list[Tensor]] = {}
-    for run in runs:
-        for name, value in prompt.inputs_of(run).items():
-            given.setdefault(name, []).append(value)
-    return {name: torch.cat(values).to(device) for name, values in given.items()}
+    given = prompt.types or {"block_sequence_ids": prompt.blocks}
+    if prompt.types and all(block == -1 for block in prompt.blocks[start:end]):
+        return {}
+    return {name: torch.tensor([state.without_forgotten(row[:end])], device=device) for name, row in given.items()}

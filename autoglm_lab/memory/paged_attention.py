@@ -33,14 +33,25 @@ def decoder_configs(model: nn.Module) -> tuple[PreTrainedConfig, ...]:
         decoder = model if get_decoder is None else get_decoder()
     except (AttributeError, NotImplementedError, TypeError):
         decoder = model
+    others = _encoder_configs(model)
     found = {
         id(module.config): module.config
         for module in decoder.modules()
-        if isinstance(getattr(module, "config", None), PreTrainedConfig)
+        if isinstance(getattr(module, "config", None), PreTrainedConfig) and type(module.config) not in others
     }
     configs: tuple[PreTrainedConfig, ...] = tuple(found.values())  # type: ignore[arg-type]
     plain = all(getattr(config, "_attn_implementation", None) == "sdpa" for config in configs)
     return configs if plain else ()
+
+
+def _encoder_configs(model: nn.Module) -> set[type[PreTrainedConfig]]:
+    """What configures parts that are no decoder; in some families they lie inside it (Phi-4-multimodal)."""
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return set()
+    text = config.get_text_config()
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return {type(part) for part in parts if isinstance(part, PreTrainedConfig)} - {type(text), type(config)}
 
 
 @contextlib.contextmanager

@@ -73,12 +73,29 @@ def test_media_tensors_follow_the_tokens_that_need_them() -> None:
     runs = (MediaRun("image", 1, 2, "a"), MediaRun("image", 5, 2, "b"))
     pixels = torch.arange(2.0).reshape(2, 1)
     whole = prompt([0, 7, 7, 1, 2, 7, 7, 3], None, runs, {"pixel_values": pixels})
-    assert whole.inputs_from(0)["pixel_values"].tolist() == [[0.0], [1.0]]
-    assert whole.inputs_from(4)["pixel_values"].tolist() == [[1.0]]
-    assert whole.inputs_from(7) == {}
+    assert whole.inputs_within(0, 8)["pixel_values"].tolist() == [[0.0], [1.0]]
+    assert whole.inputs_within(4, 8)["pixel_values"].tolist() == [[1.0]]
+    assert whole.inputs_within(7, 8) == {}
 
 
-def test_media_packed_into_one_tensor_are_read_again() -> None:
-    run = (MediaRun("image", 1, 2, "a"),)
-    packed = prompt([0, 7, 7, 1, 2], None, run, {"pixel_values": torch.zeros(8, 3)})
-    assert reusable(packed, *held(packed)) == 0
+def test_media_packed_into_one_tensor_are_read_together() -> None:
+    runs = (MediaRun("image", 1, 2, "a"), MediaRun("image", 5, 2, "b"))
+    packed = prompt([0, 7, 7, 1, 2, 7, 7, 3, 4], None, runs, {"pixel_values": torch.zeros(8, 3)})
+    assert packed.whole() == [(1, 7)]
+    assert reusable(packed, *held(packed)) == 8
+    assert reusable(packed, packed.ids[:5], None, runs[:1]) == 1
+
+
+def test_what_depends_on_another_medium_is_read_with_it() -> None:
+    runs = (MediaRun("image", 1, 2, "a"), MediaRun("audio", 4, 2, "b"))
+    inputs = {"pixel_values": torch.zeros(1, 3), "audio_input_features": torch.zeros(1, 3)}
+    both = Prompt((0, 7, 7, 1, 8, 8, 3, 4), None, runs, inputs, together=True)
+    assert both.whole() == [(1, 6)]
+    assert both.inputs_within(1, 6) == inputs
+    assert reusable(both, both.ids[:4], None, runs[:1]) == 1
+
+
+def test_marks_between_the_tokens_of_an_image_stand_for_no_features() -> None:
+    run = MediaRun("image", 4, 6, "a", (0, 1, 3, 4))
+    assert run.features == 4
+    assert [run.features_before(token) for token in (0, 4, 5, 6, 7, 8, 9, 10, 99)] == [0, 0, 1, 2, 2, 3, 4, 4, 4]
