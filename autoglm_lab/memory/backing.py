@@ -15,7 +15,9 @@ from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.host_machine import host_memory
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.pinned import PinnedBudget
+from autoglm_lab.memory.reader import Progress
 from autoglm_lab.memory.slab import HostSlab, View, views_of
+from autoglm_lab.memory.staging import Staging
 from autoglm_lab.models.checkpoint import FileTensor
 from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, Source
 from autoglm_lab.units import MiB, format_bytes
@@ -48,6 +50,7 @@ class Backing:
         sources: as given, or the file that they were written to; empty: only the device or the host copy has them.
         host: the host copy; None: there is none.
         note: why the host copy is slow, or is none; empty where there is nothing to say.
+        filled: bytes of the host copy that were read from the sources.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Backing:
         self.sources: dict[str, Source] = dict(sources)
         self.host: HostSlab | None = None
         self.note = ""
+        self.filled = 0
 
     @property
     def held(self) -> bool:
@@ -83,10 +87,13 @@ class Backing:
         host = self.host
         return 0 if host is None else host.committed
 
-    def fill(self, region: Tensor, progress: weights.Progress) -> None:
-        """Give a region the values of the sources."""
-        for name, target in views_of(region, self._views).items():
-            weights.fill(target, self.sources[name], progress)
+    def fill(self, region: Tensor, progress: Progress, staging: Staging | None = None) -> None:
+        """Give a region the values of the sources.
+
+        Args:
+            staging: of the region's device; None: made for this once.
+        """
+        weights.fill_all(views_of(region, self._views), self.sources, staging or Staging(region.device), progress)
 
     def changed(self) -> None:
         """Forget the sources: the device has other values now."""
@@ -108,7 +115,8 @@ class Backing:
             if fetch is not None:
                 fetch(host.alias())
             else:
-                self.fill(host.alias(), lambda _: None)
+                self.filled = 0
+                self.fill(host.alias(), self._count)
                 weights.drop_pool()
         except BaseException as error:
             if fresh:
@@ -117,6 +125,9 @@ class Backing:
             raise
         self.host, self.note = host, host.note
         return "first host copy made" if fresh and fetch is not None else ""
+
+    def _count(self, nbytes: int) -> None:
+        self.filled += nbytes
 
     def _fresh(self) -> HostSlab:
         host = HostSlab(self._nbytes, pin=self._pinned is not None, budget=self._pinned)

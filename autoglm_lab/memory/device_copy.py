@@ -31,6 +31,7 @@ class DeviceCopy:
         binding: the model's tensors.
         slab: the memory.
         changed: whether the weights were written to since they came, as far as is known.
+        filled: bytes that have come so far, while they come.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class DeviceCopy:
         nbytes, device = self.binding.nbytes, accelerator.device
         self.slab: Slab = CudaSlab(nbytes, device) if accelerator.kind == "cuda" else HostSlab(nbytes)
         self.changed = False
-        self._filled = 0
+        self.filled = 0
         self.binding.detach()
 
     @cached_property
@@ -57,7 +58,7 @@ class DeviceCopy:
         """The ledger's row of what is held on the device."""
         held = self.slab.committed
         if moving and not self._mover.background:
-            held = min(self._filled, held)  # the kernel backs memory as it is written
+            held = min(self.filled, held)  # the kernel backs memory as it is written
         if held:
             rounding = held - self._nbytes
             counts = "weights on their way" if moving else f"weights in {self.dtype}"
@@ -81,7 +82,7 @@ class DeviceCopy:
             except OSError as error:
                 raise MemoryError(str(error)) from None
             self._accelerator.hold(self.slab.committed)
-        self._filled = 0
+        self.filled = 0
         try:
             arrival = self._come(backing, region)
         except BaseException as error:
@@ -99,11 +100,12 @@ class DeviceCopy:
     def _come(self, backing: Backing, region: Tensor) -> Arrival | None:
         if backing.host is not None:
             return self._mover.bring(backing.host.alias(), region)
-        backing.fill(region, self._count)
+        with self._accelerator.growth("reading weights", times=2):
+            backing.fill(region, self._count, self._mover.staging)
         return self._mover.mark() if self._mover.background else None
 
     def _count(self, nbytes: int) -> None:
-        self._filled += nbytes
+        self.filled += nbytes
 
     def leave(self, after: torch.cuda.Event | None = None) -> tuple[torch.cuda.Event, ...]:
         """Point the model away, after noting whether the weights were changed. As `withdraw`."""
@@ -112,7 +114,7 @@ class DeviceCopy:
         if self.changed:
             with torch.inference_mode(mode=False), torch.no_grad():
                 self.binding.gather(self.slab.alias())
-        self._filled = self.slab.committed
+        self.filled = self.slab.committed
         return self.withdraw(after)
 
     def withdraw(self, after: torch.cuda.Event | None = None) -> tuple[torch.cuda.Event, ...]:
@@ -157,4 +159,4 @@ class DeviceCopy:
             with self._accelerator.moving():
                 self.slab.drop()
                 self._accelerator.hold(-held)
-            self._filled = 0
+            self.filled = 0

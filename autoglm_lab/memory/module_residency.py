@@ -85,6 +85,16 @@ class ModuleResidency:
     def last_used(self, moment: float) -> None:
         self._device.binding.last_used = moment
 
+    @property
+    def filled(self) -> int:
+        """Bytes that were read so far of the copy on the device or, where that is not wanted, on the host."""
+        return self._device.filled or self.backing.filled
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes that the module takes on the device, rounding to whole pages included."""
+        return self._device.slab.size
+
     def info(self) -> ModuleInfo:
         note = self._note or self.backing.note
         return ModuleInfo(self.name, self.place, self.nbytes, self.dtype, self._last_event, note)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.staging import Staging
 
 Job = tuple[Callable[[], Event], Move]
 Growth = Callable[[str, int], AbstractContextManager[None]]
@@ -58,12 +59,14 @@ class Mover:
     Attributes:
         background: whether jobs run on a thread of their own.
         copied: seconds that the last copy to the device took by its own clock; 0 before the first.
+        staging: what bytes of files pass through on their way to the device.
     """
 
     def __init__(self, device: torch.device, growth: Growth = _nothing_grows) -> None:
         self._device, self._growth = device, growth
         self.background = device.type == "cuda"
         self.copied = 0.0
+        self.staging = Staging(device)
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -101,6 +104,14 @@ class Mover:
             last = Move()
             self.run(last, lambda: Event(time.time(), "note", "every move has ended"))
             self.await_end(last)
+
+    def close(self) -> None:
+        """End the thread, after every move that was begun."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._jobs.put(None)
+            if threading.current_thread() is not thread:
+                thread.join()
 
     # copies; each stream is made once, since a stream costs driver memory
 

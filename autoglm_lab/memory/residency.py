@@ -17,8 +17,9 @@ from pathlib import Path
 
 from torch import nn
 
+from autoglm_lab import progress as bars
 from autoglm_lab.errors import LabError, ModuleError, ModuleOffError
-from autoglm_lab.memory import weights
+from autoglm_lab.memory import first_load, weights
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.binding import placeholder
 from autoglm_lab.memory.events import Event
@@ -96,16 +97,34 @@ class Residency(Mapping[str, ModuleResidency]):
     def __len__(self) -> int:
         return len(self._modules)
 
-    def materialise(self) -> list[Event]:
+    def materialise(self, *, progress: bool | None = False) -> list[Event]:
         """Bring every module to the device that the policy keeps there; each reads only its own tensors.
 
         Beside a GPU, a module on demand gets its host copy meanwhile, in the background, so that its first wake is as
         fast as every other.
 
+        Args:
+            progress: show how far it is, see `progress.shown`.
+
         Raises:
-            OutOfMemoryError: it does not fit; what is there already stays.
+            OutOfMemoryError: it does not fit, which is known before anything is read; or something else took the
+                memory meanwhile: what is there already stays.
             LoadError: a file is gone or damaged.
         """
+        modules = list(self._modules.values())
+        first_load.check_room(modules, self.policy, self._accelerator)
+        shown, far = first_load.expected(modules, self.policy), first_load.Far(modules)
+        with self.mover.staging, bars.shown(progress, "loading", shown, far):
+            events = [move.result() for move in self._first_moves()]
+        weights.drop_pool()
+        if self._attached:
+            # The model was there when the accelerator was opened; now its bytes are the slabs' and have rows.
+            self._attached = False
+            self._accelerator.give_back()
+            self._accelerator.read_context()
+        return events
+
+    def _first_moves(self) -> list[Move]:
         moves: list[Move] = []
         for module in self._modules.values():
             part = self.policy.module(module.name)
@@ -118,14 +137,7 @@ class Residency(Mapping[str, ModuleResidency]):
                     module.stage()
                 else:
                     module.park(part.park_to, "until it is needed", kind="loaded")
-        events = [move.result() for move in moves]
-        weights.drop_pool()
-        if self._attached:
-            # The model was there when the accelerator was opened; now its bytes are the slabs' and have rows.
-            self._attached = False
-            self._accelerator.give_back()
-            self._accelerator.read_context()
-        return events
+        return moves
 
     def ensure(self, names: Iterable[str], why: str) -> list[Move]:
         """Wake what a request needs. The current stream's work from now on waits for the weights; no thread does.
@@ -222,6 +234,7 @@ class Residency(Mapping[str, ModuleResidency]):
                 module.close()
             except LabError as error:
                 problems.append(error)
+        self.mover.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         if problems:

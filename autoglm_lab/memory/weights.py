@@ -5,86 +5,69 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from autoglm_lab.errors import LoadError, ModuleError
+from autoglm_lab.memory.reader import Piece, Progress, pieces_of, read
+from autoglm_lab.memory.staging import Staging
 from autoglm_lab.models.checkpoint import DTYPES, FileTensor
-from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, Source
+from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, PackedTensor, Source
 from autoglm_lab.units import format_bytes
 
 _CHUNK = 1 << 24
 _POOL = 4_194_301  # a prime number of values, so that repeats never line up with rows
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Progress = Callable[[int], None]
+
+
+def fill_all(
+    targets: Mapping[str, Tensor], sources: Mapping[str, Source], staging: Staging, progress: Progress
+) -> None:
+    """Give every target (a view of a slab) the values of its source, files first and in several threads.
+
+    Args:
+        targets: any device and dtype; values are cast where a source's dtype differs.
+        sources: where the values come from, by the same names.
+        staging: of the targets' device.
+        progress: called with the bytes of targets that are filled so far in addition.
+
+    Raises:
+        LoadError: a file is gone, or shorter than its header said. Nothing writes to a target any more.
+    """
+    with staging:
+        whole = {name for name, one in targets.items() if isinstance(sources[name], FileTensor) and one.is_contiguous()}
+        read(_pieces({name: targets[name] for name in sorted(whole)}, sources, staging.chunk), staging, progress)
+        for name, target in targets.items():
+            if name not in whole:
+                fill(target, sources[name], progress)
 
 
 def fill(target: Tensor, source: Source, progress: Progress) -> None:
-    """Give ``target`` (a view of a slab) the values of ``source``, without a second full copy of them.
-
-    Args:
-        target: a view of a slab, any device and dtype; values are cast where the source's dtype differs.
-        source: where the values come from.
-        progress: called with the bytes of ``target`` that are filled so far in addition.
-
-    Raises:
-        LoadError: the file is gone, or shorter than its header said.
-    """
-    if isinstance(source, FileTensor):
-        _from_file(target, source, progress)
-    elif isinstance(source, HeldTensor):
+    """Give one target the values of ``source``. See `fill_all`, which is faster for many."""
+    if isinstance(source, HeldTensor):
         target.copy_(source.tensor)
         progress(target.numel() * target.element_size())
-    else:
+    elif isinstance(source, DummyTensor):
         _made_up(target, source, progress)
+    elif isinstance(source, PackedTensor):
+        raise LoadError("weights cannot be quantised while they are loaded yet")
+    elif target.is_contiguous():
+        fill_all({"": target}, {"": source}, Staging(target.device), progress)
+    else:  # turned: the values of the file in the order of the file, then turned
+        whole = torch.empty(source.shape, dtype=source.dtype)
+        fill(whole, source, lambda _: None)
+        target.copy_(whole)
+        progress(target.numel() * target.element_size())
 
 
-def _from_file(target: Tensor, source: FileTensor, progress: Progress) -> None:
-    try:
-        handle = os.open(source.path, os.O_RDONLY)
-    except OSError as error:
-        raise LoadError(f"cannot read the weights in {source.path}: {error.strerror}") from None
-    try:
-        if target.device.type == "cpu" and target.dtype == source.dtype and target.is_contiguous():
-            _read(handle, source, 0, target, progress)
-        elif target.is_contiguous():
-            _read_and_cast(handle, source, target, progress)
-        else:
-            whole = torch.empty(source.shape, dtype=source.dtype)
-            _read(handle, source, 0, whole, lambda _: None)
-            target.copy_(whole)
-            progress(target.numel() * target.element_size())
-    finally:
-        os.close(handle)
-
-
-def _read(handle: int, source: FileTensor, start: int, target: Tensor, progress: Progress) -> None:
-    """Read the file's bytes from ``start`` (within the tensor) on, until ``target`` is full."""
-    nbytes = target.numel() * target.element_size()
-    if nbytes == 0:
-        return
-    memory = memoryview((ctypes.c_char * nbytes).from_address(target.data_ptr())).cast("B")
-    done = 0
-    while done < nbytes:
-        count = os.preadv(handle, [memory[done : min(nbytes, done + 4 * _CHUNK)]], source.offset + start + done)
-        if count == 0:
-            raise LoadError(f"{source.path} became shorter since the model was resolved: {format_bytes(done)} read")
-        done += count
-        progress(count)
-
-
-def _read_and_cast(handle: int, source: FileTensor, target: Tensor, progress: Progress) -> None:
-    flat = target.view(-1)
-    step = _CHUNK // source.dtype.itemsize
-    scratch = torch.empty(min(step, flat.numel()), dtype=source.dtype, pin_memory=target.device.type == "cuda")
-    for begin in range(0, flat.numel(), step):
-        count = min(step, flat.numel() - begin)
-        _read(handle, source, begin * source.dtype.itemsize, scratch[:count], lambda _: None)
-        flat[begin : begin + count].copy_(scratch[:count])
-        progress(count * target.element_size())
+def _pieces(targets: Mapping[str, Tensor], sources: Mapping[str, Source], chunk: int) -> Iterator[Piece]:
+    """In the order in which they lie in their files, which is how a disk reads fastest."""
+    listed = [(source, target) for name, target in targets.items() if isinstance(source := sources[name], FileTensor)]
+    for source, target in sorted(listed, key=lambda one: (one[0].path, one[0].offset)):
+        yield from pieces_of(source, target, chunk)
 
 
 _pools: dict[torch.device, Tensor] = {}
