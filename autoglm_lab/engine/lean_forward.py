@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoglm_lab.models.lean_layers import feed_forwards, norm_of, rms_norms
+from autoglm_lab.models.quantized_linear import QuantizedLinear
 from autoglm_lab.schedule import FEED_FORWARD_TOKENS as SLICE
 
 
@@ -105,7 +106,7 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
     """Whether both give the same for made-up numbers, to the rounding of their dtype."""
-    parameter = next(module.parameters())
+    parameter = _computes_in(module)
     generator = torch.Generator(device=parameter.device).manual_seed(0)
     tokens = SLICE + 3 if isinstance(next(module.children(), None), nn.Linear) else 3
     given = torch.randn(1, tokens, width, generator=generator, device=parameter.device).to(parameter.dtype)
@@ -118,6 +119,15 @@ def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) ->
     rounding = 4 * torch.finfo(parameter.dtype).eps
     difference = (expected.float() - result.float()).abs().max()
     return bool(difference <= rounding * expected.float().abs().max())
+
+
+def _computes_in(module: nn.Module) -> Tensor:
+    """A tensor of the dtype that a module computes in, on its device."""
+    parameter = next((one for one in module.parameters() if one.is_floating_point()), None)
+    if parameter is not None:
+        return parameter
+    layer = next(one for one in module.modules() if isinstance(one, QuantizedLinear))
+    return torch.empty(0, dtype=layer.dtype, device=layer.packed.device)
 
 
 def _has_triton() -> bool:

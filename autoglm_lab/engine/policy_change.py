@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
+from autoglm_lab.errors import PolicyError
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import LedgerBook
@@ -28,6 +29,7 @@ class PolicyChange:
             ModuleError, OutOfMemoryError, PolicyError: it cannot be kept; the policy stays as it was.
         """
         state, before = self._state, self._state.policy
+        _refuse_other_precisions(policy, before)
         self._keep_what_fits(policy, before)
         segments = policy.reclaim.expandable_segments and not before.reclaim.expandable_segments
         late = expand_segments(state.accelerator.kind) if segments else ""
@@ -84,3 +86,13 @@ class PolicyChange:
                 self._book.unregister(pool)
                 pool.close()
                 self._old_pools.remove(pool)
+
+
+def _refuse_other_precisions(policy: MemoryPolicy, before: MemoryPolicy) -> None:
+    for name in sorted({*policy.modules, *before.modules}):
+        wanted, kept = policy.module(name).precision, before.module(name).precision
+        if wanted != kept:
+            raise PolicyError(
+                f"modules.{name}.precision is {kept!r} since this model was loaded: to have it in {wanted!r}, load it "
+                f"again with quantize={policy.precisions() or None!r}"
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,8 @@ from autoglm_lab.memory.recorder import Recorder, recording, without_data
 from autoglm_lab.memory.tape import Tape
 from autoglm_lab.memory.traced_cache import TracedCache
 from autoglm_lab.models.lean_layers import feed_forwards, norm_of, rms_norms
+from autoglm_lab.models.precision import convert
+from autoglm_lab.models.quantized_linear import without_weights
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.schedule import FEED_FORWARD_TOKENS
 
@@ -32,16 +34,25 @@ class TracedModel:
     Args:
         layers: how many the decoder and each encoder keep; None: all.
         lean: as the engine computes (`LeanForward`); False: as plain transformers does.
+        precisions: of the weights, by module (`precision.convert`).
 
     Attributes:
         layers: of the decoder.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, dtype: torch.dtype, kind: Kind, layers: int | None, *, lean: bool = True
+        self,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        kind: Kind,
+        layers: int | None,
+        *,
+        lean: bool = True,
+        precisions: Mapping[str, str] | None = None,
     ) -> None:
         self._kind, self._dtype, self._lean = kind, dtype, lean
         self._model: Any = skeleton(config if layers is None else shortened(config, layers), dtype)
+        convert(self._model, precisions or {})
         self.layers = int(self._model.config.get_text_config().num_hidden_layers)
         self._configs = decoder_configs(self._model)
         self._fused = _fused_norms(self._model) if lean and kind == "cuda" else set()
@@ -137,7 +148,7 @@ class TracedModel:
 
     @contextlib.contextmanager
     def _stepping(self) -> Iterator[Recorder]:
-        replaced = []
+        replaced: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = list(without_weights(self._model, self._kind))
         if self._lean:
             replaced += [(module, _one_slice(module)) for module in feed_forwards(self._model)]
             replaced += [(module, _one_kernel) for module in rms_norms(self._model) if type(module) in self._fused]

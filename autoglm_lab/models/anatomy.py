@@ -126,7 +126,7 @@ def _is_own(model: nn.Module, found: nn.Module) -> bool:
         return False
     held = {id(tensor) for _, tensor in named_tensors(found)}
     embeddings = _quietly(model, "get_input_embeddings")
-    return bool(held) and (embeddings is None or not any(id(weight) in held for weight in embeddings.parameters()))
+    return bool(held) and (embeddings is None or not any(id(weight) in held for _, weight in named_tensors(embeddings)))
 
 
 def _decoder(model: nn.Module) -> nn.Module | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoglm_lab.models.quantized_products import product, product_backward
+from autoglm_lab.models.quantized_products import FEW_ROWS, product, product_backward, slice_rows
 from autoglm_lab.models.weight_format import WeightFormat
 
 
@@ -100,3 +101,39 @@ def _whole(form: WeightFormat, packed: Tensor, dtype: torch.dtype) -> Tensor:
     if packed.is_meta:
         return torch.empty(form.rows, form.columns, dtype=dtype, device="meta")
     return form.decode(packed, 0, form.rows, dtype)
+
+
+def without_weights(model: nn.Module, kind: str) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """What the quantised layers of a model allocate on ``cuda`` or ``cpu``, as forwards that compute no numbers.
+
+    Args:
+        model: its parameters are of the kind that has no data, and so are the results.
+    """
+    parameter = next(model.parameters(), None)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            yield layer, _multiplies(layer, kind, parameter)
+        elif isinstance(layer, QuantizedEmbedding):
+            yield layer, _looks_up(layer, parameter)
+
+
+def _multiplies(layer: QuantizedLinear, kind: str, like: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def run(inputs: Tensor) -> Tensor:
+        empty = (inputs if like is None else like).new_empty
+        rows, dtype = inputs.numel() // layer.in_features, inputs.dtype
+        result = empty(*inputs.shape[:-1], layer.out_features, dtype=dtype)
+        if kind == "cpu" or rows > FEW_ROWS:
+            step = min(layer.out_features, slice_rows(layer.form, dtype))
+            decoded = empty(step, layer.in_features, dtype=dtype)
+            part = empty(rows, step, dtype=dtype) if step < layer.out_features else None
+            del decoded, part
+        return result if layer.bias is None else result + layer.bias
+
+    return run
+
+
+def _looks_up(layer: QuantizedEmbedding, like: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def run(ids: Tensor) -> Tensor:
+        return (ids if like is None else like).new_empty(*ids.shape, layer.embedding_dim, dtype=layer.dtype)
+
+    return run
