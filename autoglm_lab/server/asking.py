@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import secrets
 import time
 from collections.abc import Coroutine, Sequence
@@ -17,6 +19,9 @@ from autoglm_lab.server.media import read_dialogue
 from autoglm_lab.server.service import Service
 
 Result = TypeVar("Result")
+
+_log = logging.getLogger("autoglm_lab.server")
+_LOGGED = 4000
 
 
 class ClientGoneError(Exception):
@@ -116,6 +121,8 @@ def new_id(prefix: str) -> str:
 
 
 def _submit(service: Service, question: Question) -> Turn:
+    if service.settings.log_prompts:
+        _log.info("asked: %s", json.dumps(question.messages, ensure_ascii=False)[:_LOGGED])
     messages = read_dialogue(question.messages, service.settings)
     private = question.conversation is None
     return service.engine.submit(

@@ -58,14 +58,14 @@ def fetch(
     deadline = time.monotonic() + _SECONDS
     try:
         connection = (connect or _secure)(public_address(host), host, _SECONDS)
-    except (OSError, ValueError):
+    except (OSError, UnicodeError):
         raise MediaError(f"cannot fetch the {what}: {host} was not reached") from None
     try:
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         headers = {"Host": host, "Accept-Encoding": "identity", "User-Agent": "autoglm-lab"}
         connection.request("GET", target, headers=headers)
         return _body(connection.getresponse(), most, what, host, deadline)
-    except (OSError, http.client.HTTPException, ValueError):
+    except (OSError, http.client.HTTPException, UnicodeError):
         raise MediaError(f"cannot fetch the {what}: {host} did not send it") from None
     finally:
         connection.close()

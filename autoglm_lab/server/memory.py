@@ -65,8 +65,11 @@ async def ledger(request: Request) -> dict[str, Any]:
 @router.get("/capabilities")
 async def capabilities(request: Request) -> dict[str, Any]:
     """What the model can do."""
-    found: dict[str, Any] = to_wire(service_of(request).engine.capabilities)
-    return found
+    engine = service_of(request).engine
+    found: dict[str, Any] = to_wire(engine.capabilities)
+    pool = engine.state.pool
+    pages = {"pages": None, "page_bytes": 0} if pool is None else {"pages": pool.form, "page_bytes": pool.page_bytes}
+    return found | {name: to_wire(value) for name, value in pages.items()}
 
 
 @router.get("/policy")
@@ -144,16 +147,24 @@ async def plan(request: Request, asked: PlanRequest) -> dict[str, Any]:
 
 
 @router.get("/events", response_class=Response)
-async def events(request: Request, rate: Annotated[float, Query(gt=0, le=10)] = 2.0) -> Response:
-    """Samples and events as they come, as server-sent events; ``rate``: samples a second."""
-    return EventStream(_stream(service_of(request), rate))
+async def events(
+    request: Request,
+    rate: Annotated[float, Query(gt=0, le=10)] = 2.0,
+    since: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+) -> Response:
+    """Samples and events as they come, as server-sent events.
+
+    ``rate``: samples a second; ``since``: seconds since the epoch after which events are told, None: from now on.
+    """
+    return EventStream(_stream(service_of(request), rate, since))
 
 
-async def _stream(service: Service, rate: float) -> AsyncIterator[bytes]:
+async def _stream(service: Service, rate: float, since: float | None) -> AsyncIterator[bytes]:
     sampler, seen = service.engine.state.sampler, None
     last: Event | None = None
-    for one in sampler.events()[-1:]:
-        last = one
+    for one in sampler.events():
+        if since is None or one.time <= since:
+            last = one
     while not (service.stopping or service.engine.closed):
         latest = sampler.latest
         if latest is not None and latest is not seen:

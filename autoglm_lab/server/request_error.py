@@ -69,6 +69,8 @@ class RequestError(Exception):
         given: dict[str, str] = {}
         if self.retry_after is not None:
             given["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 413:
+            given["connection"] = "close"  # nobody reads the rest
         if self.status == 401:
             given["www-authenticate"] = "Bearer"
         return given
