@@ -144,6 +144,56 @@ class GenerationPolicy(_Part):
         return self
 
 
+class TrainingPolicy(_Part):
+    """How fine-tuning spends memory. What it computes stays the same, but for ``adamw-8bit``.
+
+    Attributes:
+        checkpointing: layers that keep their input alone and are computed again in the backward pass: ``none``,
+            ``every-k`` (each ``every``-th), ``every-layer``, or ``auto`` (default): as many as the budget needs.
+        every: of ``every-k``. Default 2.
+        offload: share, 0 to 1, of what the layers keep that waits in pinned host memory: of the layers that are not
+            computed again, else of the inputs. Default 0.
+        loss_chunk: most tokens whose logits exist at the same time. Default 256.
+        optimizer: ``adamw``, or ``adamw-8bit``: its states in 8 bits (torchao). Default ``adamw``.
+        micro_batch: dialogues that go through the model together. Default 4.
+        accumulation: micro-batches a step; their product is the batch that a step learns from. Default 4.
+        cache_features: run frozen encoders once for all of the data and park them. Default True.
+    """
+
+    checkpointing: Literal["none", "every-k", "every-layer", "auto"] = "auto"
+    every: int = Field(2, ge=1)
+    offload: float = Field(0.0, ge=0, le=1)
+    loss_chunk: int = Field(256, ge=16)
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    micro_batch: int = Field(4, ge=1)
+    accumulation: int = Field(4, ge=1)
+    cache_features: bool = True
+
+
+class HistoryPolicy(_Part):
+    """What an endpoint is told again of earlier turns. An engine in this process keeps them and is told nothing again.
+
+    Attributes:
+        media: ``resend`` the images and sounds of earlier turns with every turn, or ``strip`` them to their text, as
+            phone agents do: shorter prompts, of which a server finds less in its cache. Default ``resend``.
+    """
+
+    media: Literal["resend", "strip"] = "resend"
+
+
+class PlacementPolicy(_Part):
+    """What of the model is kept elsewhere than on the device. It counts when a model is loaded.
+
+    Attributes:
+        host_bytes: by how much the text shall take less of the GPU. Its embedding, then as many bytes of its layers
+            as it takes, stay in pinned host memory; the layers' come for each use, one part ahead of the one that
+            computes: exact, and slow, since they pass the bus for every token. Default 0. Without a GPU it is left
+            alone: the device is the host.
+    """
+
+    host_bytes: Bytes = 0
+
+
 class MemoryPolicy(_Part):
     """Every setting of the workbench, in one value.
 
@@ -153,6 +203,9 @@ class MemoryPolicy(_Part):
         kv: limits of the KV cache.
         reclaim: when unused memory is given back.
         generation: sampling of answers.
+        history: what an endpoint is told again.
+        training: memory of fine-tuning.
+        placement: what is kept elsewhere than on the device.
         budget: bytes the process may use on the device, its context included; an int or text such as ``"24GiB"``;
             None: the whole device.
         pinned: most bytes of page-locked host memory for parked modules; what is beyond is pageable; None: half of the
@@ -167,6 +220,9 @@ class MemoryPolicy(_Part):
     kv: KvPolicy = KvPolicy()
     reclaim: ReclaimPolicy = ReclaimPolicy()
     generation: GenerationPolicy = GenerationPolicy()
+    history: HistoryPolicy = HistoryPolicy()
+    training: TrainingPolicy = TrainingPolicy()
+    placement: PlacementPolicy = PlacementPolicy()
     budget: Bytes | None = None
     pinned: Bytes | None = None
 
@@ -278,6 +334,9 @@ def _part_at(path: list[str]) -> type[BaseModel]:
         "kv": KvPolicy,
         "reclaim": ReclaimPolicy,
         "generation": GenerationPolicy,
+        "history": HistoryPolicy,
+        "training": TrainingPolicy,
+        "placement": PlacementPolicy,
         "modules": ModulePolicy,
     }
     return parts[path[0]] if path else MemoryPolicy

@@ -19,6 +19,7 @@ CATALOG: dict[str, str] = {
     "quality": "what lossy settings of keys and values cost",
     "turns": "a new turn on what is kept of a conversation",
     "trace": "20 steps of a phone agent",
+    "layers": "decoding with parts of the layers on the host",
     "ledger": "the ledger against the driver's own count, and what sampling costs",
     "soak": "300 random requests under a budget",
 }

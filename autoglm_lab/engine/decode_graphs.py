@@ -58,6 +58,7 @@ class DecodeGraphs:
     Args:
         planes: 1, or 3 where positions have time, rows and columns.
         context_tokens: most tokens of a conversation.
+        before: called before a step is replayed.
         meanwhile: called again and again while the device computes.
         told: called with a text and seconds when a graph was captured, or could not be.
         growth: counts what the driver takes meanwhile under a name.
@@ -71,6 +72,7 @@ class DecodeGraphs:
         *,
         planes: int = 1,
         context_tokens: int | None = None,
+        before: Callable[[], None] | None = None,
         meanwhile: Callable[[], None] | None = None,
         told: Callable[[str, float], None] | None = None,
         growth: Callable[[str], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -81,7 +83,8 @@ class DecodeGraphs:
         self._ahead = CompileAhead(model, pool) if self.usable else None
         self._model, self._pool, self._planes = model, pool, planes
         self._width = -(-(context_tokens or 65_536) // PAGE_TOKENS)
-        self._meanwhile, self._told, self._growth, self._warm_up = meanwhile, told, growth, warm_up
+        self._before, self._meanwhile, self._told = before, meanwhile, told
+        self._growth, self._warm_up = growth, warm_up
         self._configs = decoder_configs(model)
         self._lean = LeanForward(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
@@ -118,6 +121,8 @@ class DecodeGraphs:
             for sequence in sequences:
                 sequence.reserve(1)
             self._place(graph, sequences, tokens, positions)
+            if self._before is not None:
+                self._before()
             graph.graph.replay()
             self._wait()
         except BaseException:

@@ -9,6 +9,7 @@ from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import LedgerBook
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import exact_bytes
 
 
 class PolicyChange:
@@ -30,6 +31,12 @@ class PolicyChange:
         """
         state, before = self._state, self._state.policy
         _refuse_other_precisions(policy, before)
+        if policy.placement != before.placement:
+            was, now = exact_bytes(before.placement.host_bytes), exact_bytes(policy.placement.host_bytes)
+            raise PolicyError(
+                f"placement.host_bytes is {was} since this model was loaded: load it again with "
+                f"policy.replace(placement={{'host_bytes': {now!r}}})"
+            )
         self._keep_what_fits(policy, before)
         segments = policy.reclaim.expandable_segments and not before.reclaim.expandable_segments
         late = expand_segments(state.accelerator.kind) if segments else ""

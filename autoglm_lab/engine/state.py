@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.decode_graphs import DecodeGraphs
@@ -24,6 +24,9 @@ from autoglm_lab.memory.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.policy import MemoryPolicy
 
+if TYPE_CHECKING:
+    from autoglm_lab.engine.admission import Admission
+
 
 @dataclass
 class EngineState:
@@ -37,6 +40,7 @@ class EngineState:
         peaks: where the peaks of the phase under way go.
         in_use: the modules that the step under way needs.
         tokens_per_second: decoding speed of the last turn that decoded.
+        admission: says before a turn whether it fits; None: every turn is tried.
         meanwhile: called again and again while the device computes and the engine's thread would only wait.
     """
 
@@ -57,6 +61,7 @@ class EngineState:
     peaks: tuple[PhasePeaks, ...] = ()
     in_use: frozenset[str] = frozenset()
     tokens_per_second: float | None = None
+    admission: Admission | None = None
     meanwhile: Callable[[], None] = lambda: None
 
     @property
@@ -98,6 +103,7 @@ class EngineState:
                 self.pool,
                 planes=Positions(self.model).planes,
                 context_tokens=self.context_tokens,
+                before=None if self.residency.on_host is None else self.residency.on_host.settle,
                 meanwhile=self._serve,
                 told=self._note_graph,
                 growth=self.accelerator.growth,

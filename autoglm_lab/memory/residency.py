@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -24,14 +25,17 @@ from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.binding import placeholder
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.host_machine import host_memory
+from autoglm_lab.memory.host_weights import HostWeights
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.module_residency import ModuleResidency
 from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.mover import Mover
 from autoglm_lab.memory.pinned import PinnedBudget
-from autoglm_lab.models.anatomy import anatomy, named_tensors
+from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors
 from autoglm_lab.models.loading import Resolved
+from autoglm_lab.models.placement import host_share
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import format_bytes
 
 __all__ = ["ModuleResidency", "Residency"]
 
@@ -45,6 +49,7 @@ class Residency(Mapping[str, ModuleResidency]):
     Attributes:
         pinned: page-locked host bytes of this model's copies, and how many the policy allows.
         mover: ends the moves.
+        on_host: what of the text stays on the host for good; None: nothing.
     """
 
     def __init__(
@@ -65,7 +70,9 @@ class Residency(Mapping[str, ModuleResidency]):
         self.pinned = PinnedBudget(_pinned_limit(self.policy))
         self.mover = Mover(accelerator.device, accelerator.growth)
         _realise(resolved.model, accelerator)
-        self.specs = anatomy(resolved.model)
+        whole = anatomy(resolved.model)
+        self.on_host = self._host_weights(resolved, whole)
+        self.specs = whole if self.on_host is None else tuple(_without(spec, self.on_host) for spec in whole)
         self._modules = {
             spec.name: ModuleResidency(
                 spec,
@@ -126,6 +133,8 @@ class Residency(Mapping[str, ModuleResidency]):
 
     def _first_moves(self) -> list[Move]:
         moves: list[Move] = []
+        if self.on_host is not None:
+            self.on_host.fill()
         for module in self._modules.values():
             part = self.policy.module(module.name)
             if module.at != "device" and (part.residency == "keep" or module.backing.held):
@@ -195,6 +204,15 @@ class Residency(Mapping[str, ModuleResidency]):
             raise
         return moves
 
+    def _host_weights(self, resolved: Resolved, specs: tuple[ModuleSpec, ...]) -> HostWeights | None:
+        if self._accelerator.kind == "cpu":
+            return None
+        share = host_share(resolved.model, self.policy.placement.host_bytes)
+        text = {name for spec in specs if spec.name == "text" for name in spec.tensors}
+        if not share.names or not share.names <= text:
+            return None
+        return HostWeights(resolved.model, share, resolved.sources, self._accelerator, self.pinned)
+
     def _check(self, policy: MemoryPolicy) -> None:
         for name, part in policy.modules.items():
             self[name].target(part.park_to)
@@ -222,6 +240,22 @@ class Residency(Mapping[str, ModuleResidency]):
         """Rows of every module (see `ledger.Owner`)."""
         for module in self._modules.values():
             yield from module.holdings()
+        if self.on_host is not None:
+            yield from self.on_host.holdings()
+
+    def release(self) -> None:
+        """Give every module's weights back to the model, on the device. `close` then frees what is left here.
+
+        Raises:
+            ModuleError: layers are kept on the host, or a module cannot be moved now. Those before it were given back.
+            OutOfMemoryError: a parked module does not fit.
+        """
+        self.check_open()
+        if self.on_host is not None:
+            raise ModuleError("layers of the text are kept on the host: set placement.host_bytes to 0 and load again")
+        self._accelerator.set_budget(None)
+        for module in self._modules.values():
+            module.release()
 
     def close(self) -> None:
         """Give every byte back: slabs, host copies, the temporary folder. The model cannot be used afterwards."""
@@ -235,6 +269,8 @@ class Residency(Mapping[str, ModuleResidency]):
             except LabError as error:
                 problems.append(error)
         self.mover.close()
+        if self.on_host is not None:
+            self.on_host.close()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         if problems:
@@ -264,6 +300,16 @@ class Residency(Mapping[str, ModuleResidency]):
             self._folder = Path(tempfile.mkdtemp(prefix="autoglm-lab-", dir=_disk()))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder / f"{name}-{time.monotonic_ns()}.safetensors"
+
+
+def _without(spec: ModuleSpec, on_host: HostWeights) -> ModuleSpec:
+    """A module less what stays on the host."""
+    kept = tuple(name for name in spec.tensors if name not in on_host.names)
+    if len(kept) == len(spec.tensors):
+        return spec
+    note = f"{format_bytes(on_host.nbytes)} more stay on the host"
+    nbytes = spec.nbytes - on_host.nbytes
+    return replace(spec, tensors=kept, nbytes=nbytes, note="; ".join(filter(None, (spec.note, note))))
 
 
 def _pinned_limit(policy: MemoryPolicy) -> int:

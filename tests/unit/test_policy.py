@@ -7,7 +7,16 @@ import pytest
 from pydantic import ValidationError
 
 from autoglm_lab.errors import PolicyError
-from autoglm_lab.policy import GenerationPolicy, KvPolicy, MemoryPolicy, ModulePolicy, ReclaimPolicy
+from autoglm_lab.policy import (
+    GenerationPolicy,
+    HistoryPolicy,
+    KvPolicy,
+    MemoryPolicy,
+    ModulePolicy,
+    PlacementPolicy,
+    ReclaimPolicy,
+    TrainingPolicy,
+)
 from autoglm_lab.units import GiB
 
 FULL = MemoryPolicy(
@@ -25,6 +34,12 @@ FULL = MemoryPolicy(
         max_new_tokens=128, min_new_tokens=32, temperature=0.7, top_p=0.9, repetition_penalty=1.2, eos=False,
         thinking=True, seed=7, frequency_penalty=0.2, presence_penalty=-0.5, stop=("\n\n", "。"),
     ),
+    history=HistoryPolicy(media="strip"),
+    training=TrainingPolicy(
+        checkpointing="every-k", every=4, offload=0.5, loss_chunk=128, optimizer="adamw-8bit", micro_batch=1,
+        accumulation=8, cache_features=False,
+    ),
+    placement=PlacementPolicy(host_bytes="8GiB"),
     budget="24GiB",
     pinned="8GiB",
 )  # fmt: skip
@@ -49,7 +64,13 @@ def test_the_full_policy_has_no_setting_at_its_default() -> None:
     """So that the round trip above covers every setting there is."""
     written = FULL.to_dict()
     assert set(written) == set(MemoryPolicy.model_fields)
-    for name, part in {"kv": KvPolicy, "reclaim": ReclaimPolicy, "generation": GenerationPolicy}.items():
+    parts = {
+        name: type(getattr(FULL, name))
+        for name in MemoryPolicy.model_fields
+        if hasattr(getattr(FULL, name), "model_fields")
+    }
+    assert len(parts) == 6
+    for name, part in parts.items():
         assert set(written[name]) == set(part.model_fields)
     assert set(written["modules"]["vision"]) == set(ModulePolicy.model_fields)
 
@@ -115,7 +136,7 @@ def test_a_policy_does_not_change_in_place() -> None:
     [
         (
             {"vision": "off"},
-            "there is no setting 'vision'; valid settings are modules, kv, reclaim, generation, budget",
+            "there is no setting 'vision'; valid settings are modules, kv, reclaim, generation, history, training, placement, budget",
         ),
         (
             {"kv": {"max_token": 1}},
