@@ -30,7 +30,7 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"workbench"}, True),
     ({"opening", "serving"}, True),
     ({"bench"}, True),
-    ({"cli", "demo", "doctor", "gpus", "magic"}, True),
+    ({"cli", "demo", "doctor", "gpus", "magic", "serve_command"}, True),
 )
 
 
