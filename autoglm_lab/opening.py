@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from autoglm_lab.memory.planner import planner
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
+from autoglm_lab.models.precision import convert, dtype_of, keep_in, made_in, precisions_of, spelled_out
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.workbench import Workbench
@@ -32,6 +34,7 @@ def load(
     workload: Workload | None = None,
     weights: str | Path | None = None,
     dtype: str = "auto",
+    quantize: str | Mapping[str, str] | None = None,
     device: str | None = None,
     seed: int = 0,
 ) -> Workbench:
@@ -45,6 +48,9 @@ def load(
         workload: what ``"auto"`` is to fit; None: a prompt of 8,192 tokens and an answer of 256.
         weights: ``"dummy"`` for made-up weights of the true shapes; None: the source's own.
         dtype: ``auto`` (float32 on a CPU, the file's on a GPU), ``float32``, ``bfloat16`` or ``float16``.
+        quantize: precision of the weights by module, such as ``{"text": "int4", "head": "int8"}``, or ``"int8"`` or
+            ``"int4"``: of the text, with the head in int8. It goes into the policy (see `ModulePolicy`); weights are
+            quantised while they are read.
         device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
         seed: of made-up weights.
 
@@ -59,6 +65,9 @@ def load(
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
     accelerator = open_accelerator(device)
     resolved = resolve(source, weights=weights, dtype=dtype, device=accelerator.device, seed=seed)
+    precisions = spelled_out(quantize, [spec.name for spec in anatomy(resolved.model)])
+    policy = policy.replace(modules={name: {"precision": one} for name, one in precisions.items()})
+    keep_in(resolved, policy.precisions())
     if not auto:
         return Workbench(resolved, policy, accelerator=accelerator)
     choice = _chosen_for(resolved, policy, workload or Workload(), accelerator)
@@ -74,9 +83,12 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
 
     Raises:
         LoadError: the model has parameters without values.
+        PolicyError: the policy asks for another precision of the weights: that needs `load`.
     """
     accelerator = open_accelerator(model.device)
-    return Workbench(adopt(model, processor, device=model.device), policy or MemoryPolicy(), accelerator=accelerator)
+    adopted, policy = adopt(model, processor, device=model.device), policy or MemoryPolicy()
+    keep_in(adopted, policy.precisions())
+    return Workbench(adopted, policy, accelerator=accelerator)
 
 
 def plan(
@@ -129,6 +141,7 @@ def plan(
         where = plan_device(device, chosen.budget, None)
     shapes = outline(model, device=where.kind) if not isinstance(model, Workbench) else model.outline()
     check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
+    shapes = _kept_in(shapes, chosen)
     predict = planner(shapes, where)
     if policy != "auto":
         return replace(predict.plan(chosen, workload), drawer=waterfall)
@@ -144,10 +157,21 @@ def _starting(policy: MemoryPolicy | str | None, default: MemoryPolicy, budget: 
     return given if budget is None else given.replace(budget=budget)
 
 
+def _kept_in(shapes: Outline, policy: MemoryPolicy) -> Outline:
+    """The model with its weights as the policy keeps them."""
+    if precisions_of(shapes.model) == policy.precisions():
+        return shapes
+    model = skeleton(shapes.model.config, made_in(shapes.model))
+    convert(model, policy.precisions())
+    text = next((spec for spec in anatomy(model) if spec.name == "text"), None)
+    return replace(shapes, model=model, dtype=dtype_of(model, text))
+
+
 def _chosen_for(resolved: Resolved, policy: MemoryPolicy, workload: Workload, accelerator: Any) -> Choice:
     shapes = Outline(
         resolved.name, skeleton(resolved.config, resolved.dtype), resolved.dtype, lambda: resolved.processor
     )
+    shapes = _kept_in(shapes, policy)
     choice = choose(planner(shapes, plan_device(None, policy.budget, accelerator)), policy, workload)
     if not choice.fits:
         raise LoadError(f"{resolved.name}, {workload}: {choice.why}")

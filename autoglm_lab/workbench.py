@@ -36,6 +36,7 @@ from autoglm_lab.memory.snapshot import snapshot, write_snapshot
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved
+from autoglm_lab.models.precision import convert, precisions_of
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.modules import Modules
 from autoglm_lab.policy import MemoryPolicy
@@ -212,7 +213,9 @@ class Workbench:
         """The model without its weights, as a plan takes it. Made once."""
         if self._outline is None:
             dtype, processor = getattr(torch, self.engine.capabilities.dtype), self.processor
-            self._outline = Outline(self.name, skeleton(self.model.config, dtype), dtype, lambda: processor)
+            model = skeleton(self.model.config, made_in(self.model))
+            convert(model, precisions_of(self.model))
+            self._outline = Outline(self.name, model, dtype, lambda: processor)
         return self._outline
 
     def plan_device(self, budget: int | None) -> PlanDevice:

@@ -19,7 +19,7 @@ from autoglm_lab.memory.reader import Progress
 from autoglm_lab.memory.slab import HostSlab, View, views_of
 from autoglm_lab.memory.staging import Staging
 from autoglm_lab.models.checkpoint import FileTensor
-from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, Source
+from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, PackedTensor, Source
 from autoglm_lab.units import MiB, format_bytes
 
 _SPARE = 256 * MiB
@@ -79,7 +79,7 @@ class Backing:
         """Where a wake takes them from, for its event."""
         if self.host is not None:
             return "from host"
-        kinds = {type(source) for source in self.sources.values()}
+        kinds = {type(_plain(source)) for source in self.sources.values()}
         return "from disk" if FileTensor in kinds else "made up" if DummyTensor in kinds else "from this process"
 
     @property
@@ -185,5 +185,11 @@ class Backing:
             yield Row(self._name, "weights", "host", host.committed, counts)
         sources = self.sources
         if place == "disk" and sources:
-            on_disk = sum(source.nbytes for source in sources.values() if isinstance(source, FileTensor))
+            read = [_plain(source) for source in sources.values()]
+            on_disk = sum(source.nbytes for source in read if isinstance(source, FileTensor))
             yield Row(self._name, "weights", "disk", on_disk, "in safetensors, read when the module wakes")
+
+
+def _plain(source: Source) -> Source:
+    """Where the numbers of a source lie as they were made."""
+    return source.source if isinstance(source, PackedTensor) else source

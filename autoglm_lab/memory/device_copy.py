@@ -18,6 +18,7 @@ from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.mover import Arrival, Mover
 from autoglm_lab.memory.slab import HostSlab, Slab, SlabInUseError
 from autoglm_lab.models.anatomy import ModuleSpec
+from autoglm_lab.models.precision import label
 from autoglm_lab.units import format_bytes
 
 
@@ -41,18 +42,18 @@ class DeviceCopy:
         self.binding = Binding(spec, model, accelerator.device, on_use)
         nbytes, device = self.binding.nbytes, accelerator.device
         self.slab: Slab = CudaSlab(nbytes, device) if accelerator.kind == "cuda" else HostSlab(nbytes)
+        self._kept_in = [label(model, name) for name in spec.tensors]
         self.changed = False
         self.filled = 0
         self.binding.detach()
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype of most of the bytes, as ``bfloat16``. The sampler asks for it ten times a second."""
-        by_dtype: dict[str, int] = {}
-        for view in self.binding.views.values():
-            spelled = str(view.dtype).removeprefix("torch.")
-            by_dtype[spelled] = by_dtype.get(spelled, 0) + view.nbytes
-        return max(by_dtype, key=lambda name: by_dtype[name], default="none")
+        """What most of the numbers are, as ``bfloat16`` or ``int4``. The sampler asks for it ten times a second."""
+        numbers: dict[str, int] = {}
+        for spelled, count in self._kept_in:
+            numbers[spelled] = numbers.get(spelled, 0) + count
+        return max(numbers, key=lambda name: numbers[name], default="none")
 
     def rows(self, *, moving: bool) -> Iterator[Row]:
         """The ledger's row of what is held on the device."""

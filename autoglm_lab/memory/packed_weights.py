@@ -41,11 +41,14 @@ def fill_packed(
     for first in range(0, form.rows, step):
         count = min(step, form.rows - first)
         fill(buffer[:count], rows_of(source.source, first, count, form.columns))
+        problem = ""
         try:
             for at in range(0, count, few):
                 form.write(target, first + at, buffer[at : min(at + few, count)])
         except ValueError as error:
-            raise LoadError(f"{source.name} cannot be kept in {form.precision}: {error}") from None
+            problem = str(error)
+        if problem:  # raised outside, so that nothing that views the target hangs on the error
+            raise LoadError(f"{source.name} cannot be kept in {form.precision}: {problem}")
         done = form.nbytes * (first + count) // form.rows
         progress(done - told)
         told = done

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoglm_lab.errors import LoadError, ModuleError
+from autoglm_lab.errors import ModuleError
+from autoglm_lab.memory.packed_weights import fill_packed, refuse_overflow
 from autoglm_lab.memory.reader import Piece, Progress, pieces_of, read
 from autoglm_lab.memory.staging import Staging
 from autoglm_lab.models.checkpoint import DTYPES, FileTensor
@@ -41,8 +42,16 @@ def fill_all(
         whole = {name for name, one in targets.items() if isinstance(sources[name], FileTensor) and one.is_contiguous()}
         read(_pieces({name: targets[name] for name in sorted(whole)}, sources, staging.chunk), staging, progress)
         for name, target in targets.items():
-            if name not in whole:
-                fill(target, sources[name], progress)
+            source = sources[name]
+            if isinstance(source, PackedTensor):
+                fill_packed(target, source, lambda rows, of: fill_all({"": rows}, {"": of}, staging, _untold), progress)
+            elif name not in whole:
+                fill(target, source, progress)
+        refuse_overflow(targets, sources)
+
+
+def _untold(_: int) -> None:
+    """Rows that are still to be quantised are no progress."""
 
 
 def fill(target: Tensor, source: Source, progress: Progress) -> None:
@@ -52,9 +61,7 @@ def fill(target: Tensor, source: Source, progress: Progress) -> None:
         progress(target.numel() * target.element_size())
     elif isinstance(source, DummyTensor):
         _made_up(target, source, progress)
-    elif isinstance(source, PackedTensor):
-        raise LoadError("weights cannot be quantised while they are loaded yet")
-    elif target.is_contiguous():
+    elif isinstance(source, PackedTensor) or target.is_contiguous():
         fill_all({"": target}, {"": source}, Staging(target.device), progress)
     else:  # turned: the values of the file in the order of the file, then turned
         whole = torch.empty(source.shape, dtype=source.dtype)

@@ -116,7 +116,7 @@ def convert(model: nn.Module, precisions: Mapping[str, str]) -> Conversion:
         after = anatomy(model)
         text = next((dtype_of(model, spec) for spec in after if spec.name == "text"), own)
         join_dtypes(model, after, text)
-    model.__dict__["_lab_precisions"] = dict(wanted)
+    model.__dict__["_lab_precisions"], model.__dict__["_lab_dtype"] = dict(wanted), own
     return Conversion(packed, dtypes)
 
 
@@ -124,6 +124,12 @@ def precisions_of(model: nn.Module) -> dict[str, Precision]:
     """What `convert` was asked for on this model; empty: nothing."""
     found: dict[str, Precision] = model.__dict__.get("_lab_precisions", {})
     return dict(found)
+
+
+def made_in(model: nn.Module) -> torch.dtype:
+    """The dtype that a model was made in, before `convert`."""
+    found: torch.dtype | None = model.__dict__.get("_lab_dtype")
+    return found or dtype_of(model, next((spec for spec in anatomy(model) if spec.name == "text"), None))
 
 
 def dtype_of(model: nn.Module, spec: ModuleSpec | None) -> torch.dtype:
@@ -167,13 +173,14 @@ def module_nbytes(model: nn.Module, precision: str) -> dict[str, int]:
     return found
 
 
-def label(model: nn.Module, name: str) -> str:
-    """What a tensor of the model is kept in, for people: ``int4``, ``bfloat16`` …"""
+def label(model: nn.Module, name: str) -> tuple[str, int]:
+    """What a tensor of the model is kept in, for people (``int4``, ``bfloat16`` …), and how many numbers it holds."""
     path, _, last = name.rpartition(".")
     holder: Any = model.get_submodule(path)
     if isinstance(holder, QuantizedLinear | QuantizedEmbedding) and last == "packed":
-        return holder.form.precision
-    return str(getattr(holder, last).dtype).removeprefix("torch.")
+        return holder.form.precision, holder.form.rows * holder.form.columns
+    tensor: Tensor = getattr(holder, last)
+    return str(tensor.dtype).removeprefix("torch."), tensor.numel()
 
 
 _Holder = tuple[str, nn.Linear | nn.Embedding]

@@ -54,8 +54,8 @@ def test_linear_layers_are_kept_as_asked_and_embeddings_in_8_bits() -> None:
     for layer in model.model.layers:
         assert layer.mlp.down_proj.form.precision == "int4"
     assert model.lm_head.form.precision == "int8"
-    assert label(model, "model.layers.0.mlp.down_proj.packed") == "int4"
-    assert label(model, "model.norm.weight") == "bfloat16"
+    assert label(model, "model.layers.0.mlp.down_proj.packed") == ("int4", 64 * 128)
+    assert label(model, "model.norm.weight") == ("bfloat16", 64)
 
 
 def test_a_tied_head_shares_the_codes_of_the_embeddings() -> None:
