@@ -36,7 +36,7 @@ from autoglm_lab.memory.snapshot import snapshot, write_snapshot
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved
-from autoglm_lab.models.precision import convert, precisions_of
+from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.modules import Modules
 from autoglm_lab.policy import MemoryPolicy
