@@ -67,10 +67,11 @@ def serve(
         from autoglm_lab.policy import MemoryPolicy
 
         policy = MemoryPolicy.from_yaml(Path(policy_file))
-    from autoglm_lab.serving import check, listening
+    from autoglm_lab.server.settings import check_settings
 
-    check(**given)  # before minutes are spent on loading
+    check_settings(**given)  # before minutes are spent on loading
     from autoglm_lab.opening import load
+    from autoglm_lab.serving import listening
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

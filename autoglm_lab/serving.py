@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from autoglm_lab.errors import EngineClosedError, LabError
+from autoglm_lab.errors import EngineClosedError
 from autoglm_lab.memory.plan import Plan
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.server.settings import check_settings
 from autoglm_lab.workbench import Workbench
 
 if TYPE_CHECKING:
     from autoglm_lab.server.run import Serving
-    from autoglm_lab.server.settings import ServerSettings
-
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "websockets")
 
 
 def serve(workbench: Workbench, **settings: Any) -> Serving:
@@ -38,24 +35,11 @@ def serve(workbench: Workbench, **settings: Any) -> Serving:
 
 def listening(workbench: Workbench, **settings: Any) -> Serving:
     """The same, not started yet: `Serving.run` serves in the foreground."""
-    checked = check(**settings)
+    checked = check_settings(**settings)
     from autoglm_lab.server.app import build_app
     from autoglm_lab.server.run import Serving
 
     return Serving(build_app(workbench.engine, checked, _planner(workbench)))
-
-
-def check(**settings: Any) -> ServerSettings:
-    """The settings of a service, before anything is loaded.
-
-    Raises:
-        LabError: one cannot be, or the extra ``serve`` is not installed.
-    """
-    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
-        raise LabError('serving needs the extra "serve": pip install "autoglm-lab[serve]"')
-    from autoglm_lab.server.settings import ServerSettings
-
-    return ServerSettings(**settings)
 
 
 def _planner(workbench: Workbench) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import threading
 import time
@@ -105,9 +106,10 @@ class _Server(uvicorn.Server):
         self._service.stopping = True
         self.should_exit = True
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.stopping = True
-        super().handle_exit(sig, frame)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what signal.signal calls
+        # Uvicorn's own would raise the signal once more in the end, and nothing after it would be done.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.leave()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.stopping = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 from typing import Any
 
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from autoglm_lab.engine.messages import Limits
 from autoglm_lab.errors import LabError
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "websockets")
 
 
 class ServerSettings(BaseModel):
@@ -95,6 +98,17 @@ class ServerSettings(BaseModel):
     def limits(self) -> Limits:
         """What one image or sound may be."""
         return Limits(self.image_pixels, self.audio_seconds, self.media_bytes)
+
+
+def check_settings(**settings: Any) -> ServerSettings:
+    """The settings of a service, before anything is loaded.
+
+    Raises:
+        LabError: one cannot be, or the extra ``serve`` is not installed.
+    """
+    if any(importlib.util.find_spec(name) is None for name in _NEEDED):
+        raise LabError('serving needs the extra "serve": pip install "autoglm-lab[serve]"')
+    return ServerSettings(**settings)
 
 
 def is_loopback(host: str) -> bool:
