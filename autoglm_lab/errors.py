@@ -14,6 +14,7 @@
     ├── WireError (ValueError)           JSON of the engine protocol that is not what it should be
     ├── EndpointError                    an endpoint that is not there, refuses, or breaks off
     ├── OutOfMemoryError                 a phase did not fit: needed, had, and settings that would fit
+    │   └── AdmissionError               a request was refused untried, since the plan says that it cannot fit
     └── EngineClosedError                the engine was closed
 
 A message says what was asked, what there is, and what to do.
@@ -93,6 +94,25 @@ class OutOfMemoryError(LabError):
         advice = "; ".join(self.remedies) or "nothing in the policy would free more: use a smaller input or model"
         figures = f"needed {format_bytes(needed)}, had {format_bytes(had)}"
         super().__init__(f"out of memory in {phase}: {figures}. What would help: {advice}")
+
+
+class AdmissionError(OutOfMemoryError):
+    """A request was refused before it was tried, since the plan says that it cannot fit. ``force=True`` tries it.
+
+    Attributes:
+        phase: the one that would not fit.
+        needed: bytes that it needs beyond what is held.
+        had: bytes that can be had, with what the policy would free.
+        remedies: what would fit, mildest first.
+    """
+
+    def __init__(self, phase: str, needed: int, had: int, remedies: Sequence[str] = ()) -> None:
+        super().__init__(phase, needed, had, remedies)
+        advice = "; ".join(self.remedies) or "nothing in the policy frees enough: use a shorter prompt or a smaller image"
+        self.args = (
+            f"refused before it was tried: {phase} needs {format_bytes(needed)} more, and {format_bytes(had)} can be "
+            f"had. What would fit: {advice}. force=True tries it all the same",
+        )
 
 
 class EngineClosedError(LabError):

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from transformers import PreTrainedConfig
 
+from autoglm_lab.engine.admission import Admission
 from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.local import LocalEngine, check_modules
@@ -93,6 +94,7 @@ class Workbench:
             features=features,
             context_tokens=_context_tokens(resolved.config),
         )
+        state.admission = Admission(state, resolved.name, resolved.dtype)
         state.prepare_steps()
         state.limit_stores()
         _mark_encoding(residency, state)
@@ -288,6 +290,8 @@ def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
 def _let_go(state: EngineState) -> None:
     """Free what a workbench held that nobody holds any more."""
     state.sampler.stop()
+    if state.admission is not None:
+        state.admission.close()
     state.features.clear()
     if state.pool is not None:
         state.pool.close()

@@ -118,6 +118,7 @@ class LocalEngine:
         live: bool = False,
         replace: bool = False,
         keep: bool = True,
+        force: bool = False,
         **options: Any,
     ) -> Turn:
         """Append messages to a conversation and answer them. Returns at once.
@@ -129,12 +130,15 @@ class LocalEngine:
             replace: the messages are the whole dialogue, as a client without state sends it; what the conversation
                 had before is forgotten, and its keys and values are kept as far as both begin alike.
             keep: False: the conversation is forgotten when the turn has ended; its pages may stay as a prefix.
+            force: try it also where the plan says that it cannot fit.
             options: generation settings for this turn alone, as in ``policy.generation``.
 
         Raises:
             MessageError, MediaError: the messages cannot be read.
             ModuleOffError: they need a module that the policy keeps off.
             PolicyError: an option does not exist or cannot be.
+
+        The turn fails with `AdmissionError`, untried, where the plan says that it cannot fit.
         """
         if self._state.processor is None:
             raise MessageError("this model came without a tokenizer: attach one with it, or load a folder that has one")
@@ -143,10 +147,18 @@ class LocalEngine:
         self._check_media(read, live)
         feed, ask = (self._feed, self._ask) if live else (None, None)
         turn = Turn(conversation, cancel=self._cancel, feed=feed, ask=ask)
-        self._post(lambda: self._begin(turn, read, settings, live, replace, keep))
+        self._post(lambda: self._begin(turn, read, settings, live, replace, keep, force))
         for listener in self._listeners:
             listener(turn, read)
         return turn
+
+    def price(self, prompt_tokens: int, new_tokens: int, *, conversations: int = 1) -> tuple[int, int] | None:
+        """Bytes that one more request adds: what stays until it ends, and what comes and goes; see `Admission.price`.
+
+        None where that is not known yet: the first question begins to find out.
+        """
+        admission = self._state.admission
+        return None if admission is None else admission.price(prompt_tokens, new_tokens, conversations=conversations)
 
     def on_turn(self, listener: TurnListener) -> None:
         """Call ``listener`` with every turn submitted from now on, in the thread that submits it: it must not wait."""
@@ -227,6 +239,8 @@ class LocalEngine:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=30)
         self._errands.close()
+        if self._state.admission is not None:
+            self._state.admission.close()
         _close(self._state, self._book)
 
     # between threads
@@ -275,9 +289,10 @@ class LocalEngine:
         live: bool,
         replace: bool,
         keep: bool,
+        force: bool,
     ) -> None:
         conversation = self._state.conversations.get(turn.conversation)
-        run = TurnRun(self._state, turn, conversation, messages, settings, replace=replace, keep=keep)
+        run = TurnRun(self._state, turn, conversation, messages, settings, replace=replace, keep=keep, force=force)
         turn.run = run
         run.cancelled = turn.cancelled
         if live and not run.cancelled:

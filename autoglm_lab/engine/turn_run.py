@@ -18,6 +18,7 @@ from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart,
 from autoglm_lab.engine.prompt import Prompt, render
 from autoglm_lab.engine.protocol import Answer, FinishReason, MemoryEvent, Timings, Turn, Usage
 from autoglm_lab.engine.recovery import recovering
+from autoglm_lab.engine.request_estimate import Estimate
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.stop_strings import StopStrings
 from autoglm_lab.errors import ContextLimitError, LabError, OutOfMemoryError
@@ -37,6 +38,7 @@ class TurnRun:
         settings: how the answer is sampled.
         replace: the messages are the whole dialogue, in place of what the conversation has.
         keep: False: the conversation is forgotten when the turn has ended.
+        force: try it also where the plan says that it cannot fit.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class TurnRun:
         *,
         replace: bool = False,
         keep: bool = True,
+        force: bool = False,
     ) -> None:
         self.turn, self.conversation, self.messages, self.settings = turn, conversation, messages, settings
-        self._keep = keep
+        self._keep, self._force = keep, force
+        self._estimate: Estimate | None = None
         self._history: tuple[Message, ...] | None = None
         if replace:
             asked = _last_question(messages)
@@ -78,10 +82,12 @@ class TurnRun:
             answer = yield from self._answer()
         except Exception as error:  # noqa: BLE001 - whoever waits for the turn gets it
             self._state.enter("idle")
+            self._account({})
             self._leave()
             self.turn.fail(_without_frames(error))
         else:
             self._state.enter("idle")
+            self._account({} if answer.finish_reason == "cancelled" else answer.peak_bytes)
             self._leave()
             self.turn.emit(answer)
 
@@ -91,6 +97,11 @@ class TurnRun:
         if not self.conversation.busy:
             self._leave()
         self.turn.emit(answer)
+
+    def _account(self, peaks: dict[str, int]) -> None:
+        """Keep what was predicted beside the peaks that were measured; none where the turn was not gone through."""
+        if self._state.admission is not None:
+            self._state.admission.ended(self.conversation.name, self._estimate, peaks)
 
     def _leave(self) -> None:
         """The conversation is another turn's from now on, or nobody's."""
@@ -106,6 +117,8 @@ class TurnRun:
         self._wake_early()
         history, prompt, limit = self._fit()
         start = recovering(state, "prefill", conversation, lambda: conversation.kv.begin(prompt, share=reuse))
+        if state.admission is not None:
+            self._estimate = state.admission.check(conversation, prompt, start, limit, force=self._force)
         self._wake(prompt, start)
         state.enter("prefill", self.peaks)
         read = recovering(state, "prefill", conversation, lambda: self._prefill(prompt, start))

@@ -11,6 +11,7 @@ from autoglm_lab.errors import LabError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.cards import Card, find_card
 from autoglm_lab.memory.host_machine import host_memory
+from autoglm_lab.memory.plan_record import PlanRecord
 from autoglm_lab.units import MiB
 
 _HOPPER = ("H100", "H200", "H20", "H800", "GH200")
@@ -84,7 +85,7 @@ def measured(accelerator: Accelerator) -> PlanDevice:
     context, grown = accelerator.context, accelerator.grown.nbytes
     if accelerator.kind == "cpu":
         return PlanDevice(accelerator.name, "cpu", reading.total, free, context, 0, 0, 0, estimated=False)
-    device = _cuda(accelerator.name, reading.total, free)
+    device = corrected(_cuda(accelerator.name, reading.total, free))
     return replace(
         device,
         context=context or device.context,
@@ -93,6 +94,23 @@ def measured(accelerator: Accelerator) -> PlanDevice:
         workspaces=max(rows.get("workspaces", 0), device.workspaces),
         estimated=False,
         host_free=host_memory()[1],
+    )
+
+
+def corrected(device: PlanDevice, record: PlanRecord | None = None) -> PlanDevice:
+    """The device with what it took for itself in earlier runs on this machine, where there were any."""
+    learnt = (record or PlanRecord()).learnt(device.name)
+    if learnt is None:
+        return device
+    if device.kind == "cpu":
+        return replace(device, context=learnt.context, estimated=False)
+    return replace(
+        device,
+        context=learnt.context,
+        loaded=min(device.loaded, learnt.grown),
+        working=learnt.grown,
+        workspaces=learnt.workspaces or device.workspaces,
+        estimated=False,
     )
 
 
@@ -107,14 +125,16 @@ def _of_torch(name: str, budget: int | None) -> PlanDevice:
         raise LabError(f"there is no device or card {name!r}: {_known()}") from None
     if device.type == "cpu":
         total, free = host_memory()
-        return PlanDevice("CPU, memory of this machine", "cpu", total, free, _HOST_CONTEXT, 0, 0, 0, estimated=True)
+        where = PlanDevice("CPU, memory of this machine", "cpu", total, free, _HOST_CONTEXT, 0, 0, 0, estimated=True)
+        return corrected(where)
     if device.type != "cuda":
         raise LabError(f"memory on {device.type!r} devices is not planned: {_known()}")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
         held = torch.cuda.memory_reserved(device)
-        return replace(_cuda(str(properties.name), int(total), int(free) + held), host_free=host_memory()[1])
+        here = corrected(_cuda(str(properties.name), int(total), int(free) + held))
+        return replace(here, host_free=host_memory()[1])
     if budget is None:
         raise LabError(f"there is no GPU here, so its size is not known: give a budget, or {_known()}")
     return _cuda("a CUDA card", budget, budget)

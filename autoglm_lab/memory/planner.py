@@ -6,8 +6,8 @@ own code on tensors without data (`activations`), the rest from constants of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from autoglm_lab.memory.slab import lay_out
 from autoglm_lab.memory.step_work import Peak, RequestCost, Steps, Work
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy, named_tensors
+from autoglm_lab.models.image_tokens import resized
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import precisions_of
 from autoglm_lab.policy import MemoryPolicy
@@ -50,6 +51,7 @@ class Planner:
         self._weights = _slabs(self._model, device.kind)
         self._pages = PageFormat.of(self._model.config, self.dtype)
         self._activations = Activations(outline, device.kind)
+        self._processor = outline.processor
 
     def of(self, device: PlanDevice) -> Planner:
         """The same model on another device of the same kind; what was learnt is kept."""
@@ -117,7 +119,8 @@ class Planner:
         steps = Steps(form, prompt, kept, policy.kv.chunk, batch, graphs, tuple(chunks))
         work = self._activations.request(steps, media, before_trace)
         on_host = policy.kv.place == "host" and self.device.kind == "cuda"
-        return RequestCost(work, 0 if on_host else self._in_chunks(self._kv(steps, kept)))
+        read, all_kept = (0 if on_host else self._in_chunks(self._kv(steps, tokens)) for tokens in (prompt, kept))
+        return RequestCost(work, read, all_kept)
 
     def kv_tokens(self, policy: MemoryPolicy) -> int | None:
         """Most tokens of one conversation that the policy allows; None: as many as the model takes."""
@@ -130,6 +133,9 @@ class Planner:
     # phases
 
     def _phases(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> tuple[PhasePlan, ...]:
+        if policy.max_image_tokens is not None and workload.images:
+            size = resized(self._processor(), workload.image_size, policy.max_image_tokens)
+            workload = replace(workload, image_size=size)
         media = self._media(workload)
         kept = [name for name in self._weights if name not in _NEEDS or _residency(policy, name) == "keep"]
         needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]

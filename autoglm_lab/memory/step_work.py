@@ -78,8 +78,11 @@ class RequestCost:
 
     Attributes:
         work: the peaks of its phases.
-        kv: its conversation's keys and values at the end, in whole pages; 0 where they are not on the device.
+        read: its conversation's keys and values when the prompt is read, in whole pages; 0 where they are not on the
+            device.
+        kv: the same at the end.
     """
 
     work: Work
+    read: int
     kv: int

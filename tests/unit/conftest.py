@@ -10,6 +10,15 @@ import torch
 import autoglm_lab as lab
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _plans_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What plans are compared with does not go to, nor come from, the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autoglm_lab.memory.plan_record.cache_folder", lambda: folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def loaded() -> Iterator[lab.Workbench]:
     torch.set_num_threads(1)
