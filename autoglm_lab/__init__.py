@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "opening",
     "attach": "opening",
+    "connect": "opening",
     "plan": "opening",
     "serve": "serving",
     "Workbench": "workbench",
+    "RemoteWorkbench": "remote_workbench",
     "MemoryPolicy": "policy",
     "presets": "models.catalog",
     "Ledger": "memory.ledger",
@@ -39,8 +41,9 @@ if TYPE_CHECKING:
     from autoglm_lab.memory.sampler import Sampler
     from autoglm_lab.memory.workload import Workload
     from autoglm_lab.models.catalog import presets
-    from autoglm_lab.opening import attach, load, plan
+    from autoglm_lab.opening import attach, connect, load, plan
     from autoglm_lab.policy import MemoryPolicy
+    from autoglm_lab.remote_workbench import RemoteWorkbench
     from autoglm_lab.serving import serve
     from autoglm_lab.workbench import Workbench
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from autoglm_lab.engine.local import LocalEngine
-from autoglm_lab.engine.protocol import ModuleInfo
+from autoglm_lab.engine.protocol import Engine, ModuleInfo
 from autoglm_lab.errors import ModuleError
 from autoglm_lab.memory.move import Move
 from autoglm_lab.units import format_bytes
@@ -18,7 +17,7 @@ class Module:
     """One module of a workbench."""
 
     name: str
-    _engine: LocalEngine
+    _engine: Engine
 
     @property
     def info(self) -> ModuleInfo:
@@ -45,7 +44,7 @@ class Module:
 class Modules(Mapping[str, Module]):
     """The modules of a workbench, by name."""
 
-    def __init__(self, engine: LocalEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def __getitem__(self, name: str) -> Module:

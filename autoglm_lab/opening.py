@@ -23,6 +23,7 @@ from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolv
 from autoglm_lab.models.precision import convert, dtype_of, keep_in, made_in, precisions_of, spelled_out
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.remote_workbench import RemoteWorkbench
 from autoglm_lab.workbench import Workbench
 
 
@@ -89,6 +90,24 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
     adopted, policy = adopt(model, processor, device=model.device), policy or MemoryPolicy()
     keep_in(adopted, policy.precisions())
     return Workbench(adopted, policy, accelerator=accelerator)
+
+
+def connect(url: str, *, api_key: str | None = None, model: str | None = None, timeout: float = 120) -> RemoteWorkbench:
+    """Work with a model behind an OpenAI-compatible endpoint as if it were in this process.
+
+    Behind `autoglm-lab serve` every switch works. vLLM, SGLang, llama.cpp and transformers serve are recognised: they
+    are asked for what they take, and what their metrics do not tell shows as not available.
+
+    Args:
+        url: such as ``http://127.0.0.1:8000/v1``.
+        api_key: None: the endpoint asks for none. The admin key of a server of ours, to change its memory.
+        model: None: the first that it lists.
+        timeout: seconds without a word after which an answer counts as broken off.
+
+    Raises:
+        EndpointError: there is no server, it refuses the key, it is not OpenAI-compatible, or has no such model.
+    """
+    return RemoteWorkbench(url, api_key=api_key, model=model, timeout=timeout)
 
 
 def plan(

@@ -1,13 +1,13 @@
-"""`Workbench`: what a person holds. It ties model, memory, engine and widgets together."""
+"""`Workbench`: what a person holds. It ties a model, its memory and its engine together."""
 
 from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -16,13 +16,13 @@ from autoglm_lab.engine.admission import Admission
 from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.local import LocalEngine, check_modules
-from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, Turn
+from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
+from autoglm_lab.engine_bench import EngineBench
 from autoglm_lab.errors import EngineClosedError
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.device_constants import PlanDevice, plan_device
-from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.feature_store import FeatureStore
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
@@ -39,7 +39,6 @@ from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved
 from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.skeleton import skeleton
-from autoglm_lab.modules import Modules
 from autoglm_lab.policy import MemoryPolicy
 
 _open: weakref.WeakSet[Workbench] = weakref.WeakSet()
@@ -50,15 +49,15 @@ def open_workbenches() -> tuple[Workbench, ...]:
     return tuple(sorted((one for one in _open if not one.closed), key=lambda one: one.name))
 
 
-class Workbench:
+class Workbench(EngineBench):
     """A model, its memory, and everything one can do with them.
 
     Attributes:
         model: the plain transformers model.
         processor: the plain transformers processor, or tokenizer.
-        engine: what answers; see `engine.protocol.Engine`.
-        sampler: ledgers over time, and events.
     """
+
+    engine: LocalEngine
 
     def __init__(self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any) -> None:
         self.name = resolved.name
@@ -112,82 +111,7 @@ class Workbench:
             state.event("note", f"another workbench of this process, '{other.name}', is open: close() frees it")
         _open.add(self)
 
-    # work
-
-    def chat(
-        self,
-        text: str | None = None,
-        *,
-        image: Any = None,
-        images: Any = (),
-        audio: Any = None,
-        system: str | None = None,
-        conversation: str = "main",
-        live: bool = False,
-        thinking: bool | None = None,
-        **generation: Any,
-    ) -> Turn:
-        """Say something to the model. Returns at once; ``await`` it to stream the answer into the cell.
-
-        Args:
-            image, images: PIL images, paths or bytes; shown before the text.
-            audio: float samples 16 kHz mono, ``(samples, rate)``, a path or bytes; heard before the text.
-            system: a system prompt, for the first turn of a conversation.
-            conversation: which dialogue; a new name begins one.
-            live: leave the question open: `Turn.feed` sound into it, then `Turn.ask`.
-            thinking: let the model think first; None: as the policy says.
-            generation: any setting of ``policy.generation`` for this turn alone.
-
-        Raises:
-            MessageError, MediaError: the input cannot be read.
-            ModuleOffError: it needs a module that the policy keeps off.
-        """
-        media = [*([image] if image is not None else []), *images]
-        content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in media]
-        if audio is not None:
-            content.append({"type": "audio", "audio": audio})
-        if text is not None:
-            content.append({"type": "text", "text": text})
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-        if content or not live:
-            messages.append({"role": "user", "content": content})
-        turn = self.engine.submit(messages, conversation=conversation, live=live, thinking=thinking, **generation)
-        turn.presenter = _present
-        return turn
-
     # memory
-
-    @property
-    def policy(self) -> MemoryPolicy:
-        """Every setting; assign another policy to change any of them."""
-        return self.engine.policy
-
-    @policy.setter
-    def policy(self, policy: MemoryPolicy | Mapping[str, Any]) -> None:
-        self.engine.set_policy(policy if isinstance(policy, MemoryPolicy) else MemoryPolicy.from_dict(policy))
-
-    @property
-    def memory(self) -> Ledger:
-        """Who owns which bytes of the device, now."""
-        return self.engine.ledger()
-
-    @property
-    def modules(self) -> Modules:
-        """The modules by name: ``wb.modules["audio"].park()``."""
-        return Modules(self.engine)
-
-    @property
-    def conversations(self) -> tuple[ConversationInfo, ...]:
-        return self.engine.conversations()
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """What happened to the memory, oldest first."""
-        return self.sampler.events()
-
-    def reclaim(self) -> Event:
-        """Give unused memory back to the system; the event says how many bytes really went."""
-        return self.engine.reclaim()
 
     def snapshot(self, path: str | Path) -> Path:
         """Write the memory of the device as it is now, for PyTorch's memory viewer (pytorch.org/memory_viz).
@@ -202,14 +126,6 @@ class Workbench:
             LabError: the folder is not there, or the disk is full.
         """
         return write_snapshot(path, snapshot(self.memory, self.engine.state.accelerator.device))
-
-    def drop(self, conversation: str) -> None:
-        """Forget a conversation and free its keys and values."""
-        self.engine.drop(conversation)
-
-    def stop(self) -> None:
-        """Stop every answer under way."""
-        self.engine.stop()
 
     def outline(self) -> Outline:
         """The model without its weights, as a plan takes it. Made once."""
@@ -240,39 +156,6 @@ class Workbench:
         predict = planner(self.outline(), self.plan_device(wanted.budget))
         return predict.plan(wanted, workload or Workload(), search=search)
 
-    # surfaces
-
-    def dashboard(self, lang: Literal["en", "zh"] = "en") -> Any:
-        """The same with widgets. Needs the extra ``lab``."""
-        from autoglm_lab.widgets.dashboard import Dashboard
-
-        return Dashboard(self, lang=lang)
-
-    @property
-    def closed(self) -> bool:
-        return self.engine.closed
-
-    def close(self) -> None:
-        """Stop, and free everything. The workbench cannot be used afterwards."""
-        self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        if self.closed:
-            return f"{self.name} (closed)"
-        return f"{self.name} · {self.engine.capabilities.dtype} · {self.engine.capabilities.where}\n{self.memory}"
-
-    def _repr_html_(self) -> str:
-        if self.closed:
-            return f"<b>{self.name}</b> (closed)"
-        capabilities = self.engine.capabilities
-        return f"<b>{self.name}</b> · {capabilities.dtype} · {capabilities.where}{self.memory._repr_html_()}"
-
 
 def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
     """Reads the ledger without keeping the workbench alive: the sampler's thread outlives what nobody holds."""
@@ -298,12 +181,6 @@ def _let_go(state: EngineState) -> None:
     state.residency.close()
     if state.accelerator.budget is not None:
         state.accelerator.set_budget(None)
-
-
-async def _present(turn: Turn) -> None:
-    from autoglm_lab.widgets.stream import stream_into_cell
-
-    await stream_into_cell(turn)
 
 
 def _mark_encoding(residency: Residency, state: EngineState) -> None:

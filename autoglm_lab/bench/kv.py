@@ -99,7 +99,7 @@ def _row_bytes(wb: Workbench) -> float:
     (info,) = [info for info in wb.conversations if info.name == "row"]
     held = -(-info.tokens // 16) * 16
     wb.drop("row")
-    return info.kv_bytes / held
+    return (info.kv_bytes or 0) / held
 
 
 def _graphs(wb: Workbench) -> list[Figure]:
@@ -126,7 +126,7 @@ def _precisions(bench: Bench, wb: Workbench) -> list[Figure]:
         peak_over_weights(wb, text)
         peaks[precision], _ = peak_over_weights(wb, text)
         (info,) = [info for info in wb.conversations if info.name == "bench"]
-        held[precision] = info.kv_bytes
+        held[precision] = info.kv_bytes or 0
         wb.drop("bench")
     wb.policy = wb.policy.replace(kv={"precision": "model", "reuse": True})
     figures = []

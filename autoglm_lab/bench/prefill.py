@@ -37,7 +37,7 @@ def run(bench: Bench) -> Report:
             stock.first_token([user(text)])
         over, answer = peak_over_weights(wb, text)
         (info,) = wb.conversations
-        kv_bytes = info.kv_bytes
+        kv_bytes = info.kv_bytes or 0
         seconds = median(read(wb, text).timings.first_token or 0.0 for _ in range(times))
         wb.drop(info.name)
         wb.reclaim()

@@ -318,19 +318,29 @@ def _tell(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
 
 @dataclass(frozen=True)
 class ConversationInfo:
-    """A conversation as the dashboard lists it. ``kv_bytes`` on the device; ``busy`` while a turn runs."""
+    """A conversation as the dashboard lists it.
+
+    Attributes:
+        kv_bytes: on the device; None: an endpoint does not tell.
+        busy: a turn of it runs.
+    """
 
     name: str
     turns: int
     tokens: int
-    kv_bytes: int
+    kv_bytes: int | None
     busy: bool
     reused_share: float | None = None
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can do; what it cannot shows as not available."""
+    """What an engine can do; what it cannot shows as not available.
+
+    Attributes:
+        memory_control: whether its memory can be read and set.
+        server: what is behind the endpoint, such as ``vLLM``; empty where the model is in this process.
+    """
 
     model: str
     where: str
@@ -340,6 +350,7 @@ class Capabilities:
     thinking: bool
     memory_control: bool
     context_tokens: int | None
+    server: str = ""
 
 
 class Engine(Protocol):
@@ -351,6 +362,10 @@ class Engine(Protocol):
     def capabilities(self) -> Capabilities: ...
     @property
     def phase(self) -> str: ...
+    @property
+    def tokens_per_second(self) -> float | None: ...
+    @property
+    def closed(self) -> bool: ...
 
     def submit(self, messages: Sequence[dict[str, Any]], *, conversation: str = "main", **options: Any) -> Turn: ...
     def on_turn(self, listener: TurnListener) -> None: ...

@@ -61,7 +61,7 @@ class Ledger:
 
     Attributes:
         device: name of the device, for people.
-        total: bytes of the device.
+        total: bytes of the device; None: an endpoint does not tell.
         process: bytes this process holds on the device, as the driver or the kernel reports them; None: hidden.
         rows: disjoint rows, in the order they are shown.
         time: seconds since the epoch.
@@ -71,7 +71,7 @@ class Ledger:
     """
 
     device: str
-    total: int
+    total: int | None
     process: int | None
     rows: tuple[Row, ...]
     time: float

@@ -34,7 +34,8 @@ def text(ledger: Ledger) -> str:
         share = _share(row, ledger)
         lines.append(f"  {_label(row):<{width}}  {format_bytes(row.nbytes):>10}  {share:>6}  {row.counts}".rstrip())
     total = sum(row.nbytes or 0 for row in ledger.on("device"))
-    lines.append(f"  {'total':<{width}}  {format_bytes(total):>10}  {'100 %':>6}")
+    if ledger.total is not None:
+        lines.append(f"  {'total':<{width}}  {format_bytes(total):>10}  {'100 %':>6}")
     lines += [f"  note: {note}" for note in ledger.notes]
     return "\n".join(lines)
 
@@ -64,7 +65,7 @@ def svg(ledger: Ledger) -> str:
     """The device as one bar; slices below half a pixel are left out, a budget is a line."""
     slices = []
     x = 0.0
-    scale = _WIDTH / max(1, ledger.total)
+    scale = _WIDTH / max(1, ledger.total or 0)
     for row in ledger.on("device"):
         width = max(0, row.nbytes or 0) * scale
         colour = colour_of(row, ledger)

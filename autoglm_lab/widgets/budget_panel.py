@@ -32,7 +32,7 @@ def budget_state(snapshot: Snapshot) -> dict[str, Any]:
         "budget": policy.budget,
         "budget_text": "" if policy.budget is None else _text(policy.budget),
         "total": ledger.total,
-        "cards": cards(ledger.total),
+        "cards": cards(ledger.total or 0),
         "context": ledger.of_kind("context"),
         "process": ledger.process,
         "every_answers": policy.reclaim.every_answers,
@@ -67,6 +67,7 @@ class BudgetPanel(Panel):
     """Settings of the budget, of pinned memory and of `ReclaimPolicy`, and reclaim now."""
 
     name = "budget_panel"
+    of_memory = True
 
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
         return budget_state(snapshot)

@@ -190,7 +190,7 @@ class Dashboard:
                 panel.speak(self.lang)
         for panel in self.panels:
             panel.show(snapshot, self._worker.busy(panel.name), self._problems.get(panel.name, ""))
-        if self._views:
+        if self._views and not snapshot.absent:
             self.live_plot.push(snapshot, bench.sampler.samples)
 
     def _end(self) -> None:

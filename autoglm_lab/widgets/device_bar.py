@@ -52,6 +52,7 @@ class DeviceBar(Panel):
     """The whole device by owner, with the process and the budget marked; small owners can be magnified."""
 
     name = "device_bar"
+    of_memory = True
 
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
         return bar_state(snapshot.ledger) | {"source": "nvml" if snapshot.on_gpu else "psutil"}

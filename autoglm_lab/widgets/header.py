@@ -26,7 +26,8 @@ class Header(Panel):
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
         able, budget = snapshot.capabilities, snapshot.policy.budget
         device = able.device
-        if budget is not None and budget < snapshot.ledger.total:
+        total = snapshot.ledger.total
+        if budget is not None and total is not None and budget < total:
             device += f", {format_bytes(budget)} budget"
         return {
             "model": able.model,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from autoglm_lab.engine.service_load import ServiceLoad
 from autoglm_lab.memory.page_format import PAGE_TOKENS, Precision
 from autoglm_lab.policy import KvPolicy
 from autoglm_lab.units import exact_bytes
@@ -62,7 +63,7 @@ def token_bytes(snapshot: Snapshot) -> dict[Precision, float]:
         rounded = {pages.precision: snapshot.page_bytes / PAGE_TOKENS}
         return {name: pages.at(name).nbytes / PAGE_TOKENS for name in PRECISIONS} | rounded
     tokens = sum(conversation.tokens for conversation in snapshot.conversations)
-    nbytes = sum(conversation.kv_bytes for conversation in snapshot.conversations)
+    nbytes = sum(conversation.kv_bytes or 0 for conversation in snapshot.conversations)
     return {"model": nbytes / tokens} if tokens and nbytes else {}
 
 
@@ -76,13 +77,31 @@ def limit_steps(context: int | None) -> list[int]:
     return steps
 
 
+def load_facts(load: ServiceLoad | None) -> list[list[Any]]:
+    """What a server's metrics tell of its KV cache and its requests: labels with what to fill in."""
+    if load is None:
+        return []
+    told: list[tuple[str, str, Any]] = [
+        ("load kv", "share", None if load.kv_share is None else f"{100 * load.kv_share:.0f}"),
+        ("load capacity", "n", None if load.kv_capacity is None else f"{load.kv_capacity:,}"),
+        ("load running", "n", load.running),
+        ("load waiting", "n", load.waiting),
+        ("load hits", "share", None if load.prefix_hits is None else f"{100 * load.prefix_hits:.0f}"),
+    ]
+    return [[label, {name: str(value)}] for label, name, value in told if value is not None]
+
+
 class KvPanel(Panel):
     """Settings of `KvPolicy` and the conversations, each of which can be dropped."""
 
     name = "kv_panel"
+    of_memory = True
 
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
         return kv_state(snapshot)
+
+    def absent_of(self, snapshot: Snapshot) -> dict[str, Any]:
+        return super().absent_of(snapshot) | {"facts": load_facts(snapshot.load)}
 
     def do_set(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
         """Change one setting of the policy's ``kv`` part."""

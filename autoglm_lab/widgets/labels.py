@@ -17,6 +17,12 @@ _COMMON = {
     "tokens": ("{n} tok", "{n} 词元"),
     "stop": ("Stop", "停止"),
     "stop hint": ("Stop the running answer", "停止正在生成的回答"),
+    "absent": ("Not available from {server}", "{server} 不提供此信息"),
+    "load kv": ("KV cache: {share} % in use", "KV 缓存已用 {share} %"),
+    "load capacity": ("room for {n} tokens", "可容纳 {n} 个词元"),
+    "load running": ("{n} running", "{n} 个请求运行中"),
+    "load waiting": ("{n} waiting", "{n} 个请求等待中"),
+    "load hits": ("{share} % of prompts found in its cache", "提示词缓存命中 {share} %"),
     "scope model": ("model", "模型"),
     "scope model hint": (
         "Only what the model itself holds: weights, KV, activations",

@@ -24,6 +24,7 @@ class LivePlot(Panel):
     """
 
     name = "live_plot"
+    of_memory = True
     parts = ("event_words", "plot_store", "plot_picture")
 
     def __init__(self, host: Host | None = None, **settings: Any) -> None:
@@ -32,7 +33,7 @@ class LivePlot(Panel):
         self._pending: deque[Ledger] = deque(maxlen=_PENDING)
         self._history_wanted = False
         self._last_event: Event | None = None
-        self._total = 0
+        self._total: int | None = 0
         super().__init__(host, **settings)
 
     def add(self, ledger: Ledger) -> None:

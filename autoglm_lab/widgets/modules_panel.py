@@ -74,6 +74,7 @@ class ModulesPanel(Panel):
     """State, size and last move of every module, and its residency."""
 
     name = "modules_panel"
+    of_memory = True
 
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
         return modules_state(snapshot)

@@ -209,6 +209,7 @@ function panel({ name, build, store, bare = false }) {
           class: `algm algm-${name}${bare ? "" : " algm-card"}`,
           "data-lm-suppress-shortcuts": "true",
         });
+        const away = h("div", { class: "algm-away", role: "note", hidden: true });
         let body = null;
 
         function show(text) {
@@ -226,6 +227,12 @@ function panel({ name, build, store, bare = false }) {
             }),
           );
         }
+        // A server that does not tell of its memory: said so, beside what its metrics do tell.
+        function showAbsent({ absent, facts }) {
+          const told = [["absent", { server: absent }], ...facts];
+          const lines = told.map(([label, values]) => h("div", { class: "algm-dim" }, ui.t(label, values)));
+          away.replaceChildren(h("h4", {}, ui.t("title")), ...lines);
+        }
         function guarded(action) {
           try {
             return action();
@@ -240,13 +247,17 @@ function panel({ name, build, store, bare = false }) {
             body?.gone?.();
             root.setAttribute("aria-label", ui.t("title"));
             body = build(ui);
-            root.replaceChildren(body.node, problem);
+            root.replaceChildren(body.node, away, problem);
           });
           refresh();
         }
         function refresh() {
           const state = model.get("state");
-          if (body && state && Object.keys(state).length) guarded(() => body.update(state));
+          if (!body || !state || !Object.keys(state).length) return;
+          body.node.hidden = Boolean(state.absent);
+          away.hidden = !state.absent;
+          if (state.absent) showAbsent(state);
+          else guarded(() => body.update(state));
         }
         const showProblem = () => show(model.get("problem"));
         const handlers = [

@@ -60,7 +60,8 @@ class Panel(anywidget.AnyWidget):
     """One panel.
 
     Subclasses set ``name`` (of their labels and of their ``.js`` file), ``parts`` (files to put before that one),
-    `state_of`, and ``do_<name>`` handlers for the messages of their browser side.
+    ``of_memory`` (where a server does not tell of its memory, the panel says so instead), `state_of`, and ``do_<name>``
+    handlers for the messages of their browser side.
 
     Attributes:
         state: what the browser shows: a dict of plain values. Default empty.
@@ -71,6 +72,7 @@ class Panel(anywidget.AnyWidget):
 
     name: ClassVar[str] = ""
     parts: ClassVar[tuple[str, ...]] = ()
+    of_memory: ClassVar[bool] = False
 
     state = traitlets.Dict().tag(sync=True)
     labels = traitlets.Dict().tag(sync=True)
@@ -110,9 +112,14 @@ class Panel(anywidget.AnyWidget):
         """What the panel shows of a snapshot. Called by the refresher alone."""
         raise NotImplementedError
 
+    def absent_of(self, snapshot: Snapshot) -> dict[str, Any]:
+        """What a panel of memory shows where a server tells of none: whose it is, and labels to fill in beside it."""
+        return {"absent": snapshot.absent, "facts": []}
+
     def show(self, snapshot: Snapshot, busy: Sequence[str], problem: str) -> None:
         """Push what changed, and only that. Called by the refresher alone."""
-        self._put("state", self.state_of(snapshot))
+        away = self.of_memory and snapshot.absent
+        self._put("state", self.absent_of(snapshot) if away else self.state_of(snapshot))
         self._put("busy", list(busy))
         self._put("problem", problem)
 

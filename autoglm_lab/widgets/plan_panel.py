@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.plan import Alternative, Plan
 from autoglm_lab.memory.workload import Workload
-from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import MiB
 from autoglm_lab.widgets.palette import OUTSIDE_KINDS, colour_key, rank
 from autoglm_lab.widgets.panel import Panel
@@ -89,23 +89,6 @@ def alternative(plan: Plan, one: Alternative) -> dict[str, Any]:
     }
 
 
-def difference(old: MemoryPolicy, new: MemoryPolicy) -> dict[str, Any]:
-    """The settings of ``new`` that ``old`` does not have, as `MemoryPolicy.replace` takes them."""
-
-    def between(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-        changed: dict[str, Any] = {}
-        for name, value in after.items():
-            other = before.get(name)
-            if isinstance(value, dict) and isinstance(other, dict):
-                inner = between(other, value)
-                changed |= {name: inner} if inner else {}
-            elif value != other:
-                changed[name] = value
-        return changed
-
-    return between(old.model_dump(), new.model_dump())
-
-
 def context_steps(context: int | None, new_tokens: int) -> list[int]:
     """Powers of two from 256 tokens up, then as much as the model takes beside the answer."""
     most = max(256, (context or 131072) - new_tokens)
@@ -142,6 +125,7 @@ class PlanPanel(Panel):
     """The predicted peak beside what is held, for a workload that one sets here, and alternatives to apply."""
 
     name = "plan_panel"
+    of_memory = True
 
     def __init__(self, host: Any = None, **settings: Any) -> None:
         """As `Panel`."""

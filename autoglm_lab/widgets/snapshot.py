@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, Engine, ModuleInfo
+from autoglm_lab.engine.remote import RemoteEngine
+from autoglm_lab.engine.service_load import ServiceLoad
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
 from autoglm_lab.memory.page_format import PageFormat
@@ -44,6 +46,7 @@ class Snapshot:
     Attributes:
         pages: how keys and values lie in pages; None where this model's cannot, or an engine does not tell.
         page_bytes: of one page, rounding included.
+        load: how busy a server is that tells no bytes; None where bytes are told, or nothing is.
     """
 
     ledger: Ledger
@@ -55,6 +58,12 @@ class Snapshot:
     events: tuple[Event, ...] = ()
     pages: PageFormat | None = None
     page_bytes: int = 0
+    load: ServiceLoad | None = None
+
+    @property
+    def absent(self) -> str:
+        """The server whose memory cannot be told; empty where it can."""
+        return "" if self.capabilities.memory_control else self.capabilities.server
 
     @property
     def on_gpu(self) -> bool:
@@ -69,7 +78,7 @@ def take(bench: Bench) -> Snapshot:
         EngineClosedError: the workbench was closed.
     """
     engine, sampler = bench.engine, bench.sampler
-    pool = getattr(getattr(engine, "state", None), "pool", None)
+    pages, page_bytes = _pages(engine)
     return Snapshot(
         ledger=sampler.latest or engine.ledger(),
         policy=engine.policy,
@@ -78,6 +87,15 @@ def take(bench: Bench) -> Snapshot:
         modules=engine.modules(),
         conversations=engine.conversations(),
         events=sampler.events(),
-        pages=None if pool is None else pool.form,
-        page_bytes=0 if pool is None else pool.page_bytes,
+        pages=pages,
+        page_bytes=page_bytes,
+        load=getattr(engine, "load", None),
     )
+
+
+def _pages(engine: Engine) -> tuple[PageFormat | None, int]:
+    """How keys and values lie in pages: an engine behind an endpoint asks its server."""
+    if isinstance(engine, RemoteEngine):
+        return engine.pages
+    pool = getattr(getattr(engine, "state", None), "pool", None)
+    return (None, 0) if pool is None else (pool.form, pool.page_bytes)

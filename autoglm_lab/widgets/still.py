@@ -32,7 +32,11 @@ def page(snapshot: Snapshot, mark: str = "") -> str:
         mark: hexadecimal; the live dashboard hides the page with this mark when it appears.
     """
     able, ledger = snapshot.capabilities, snapshot.ledger
-    title = f"{able.model} · {able.dtype} · {able.where} · {able.device}"
+    title = " · ".join(part for part in (able.model, able.dtype, able.where, able.device) if part)
+    if snapshot.absent:
+        told = f"<p>memory: not available from {escape(snapshot.absent)}</p>"
+        load = f"<p>KV: {escape(str(snapshot.load))}</p>" if snapshot.load and str(snapshot.load) else ""
+        return f'{_DELAY}<div class="algm-still algm-still-{mark}"><p><b>{escape(title)}</b></p>{told}{load}</div>'
     return (
         f'{_DELAY}<div class="algm-still algm-still-{mark}"><p><b>{escape(title)}</b></p>'
         f"{_image(ledger)}{ledger_table(ledger)}{_modules(snapshot)}"
@@ -83,11 +87,11 @@ def bar_svg(ledger: Ledger) -> str:
     )
 
 
-def _bar(parts: list[dict[str, object]], whole: int, top: int) -> str:
+def _bar(parts: list[dict[str, object]], whole: int | None, top: int) -> str:
     drawn, left = [], 0.0
     for part in parts:
         nbytes = max(0, part["nbytes"]) if isinstance(part["nbytes"], int) else 0
-        width = _WIDTH * nbytes / max(whole, 1)
+        width = _WIDTH * nbytes / max(whole or 0, 1)
         text = escape(f"{part['name']} {format_bytes(nbytes)}")
         size = f'x="{left:.1f}" y="{top}" width="{width:.1f}" height="{_HEIGHT - 8}"'
         drawn.append(f'<rect {size} fill="{STILL[str(part["colour"])]}"><title>{text}</title></rect>')

@@ -27,7 +27,7 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"engine"}, True),
     ({"training", "server", "widgets", "figures"}, False),
     ({"modules"}, True),
-    ({"workbench"}, True),
+    ({"engine_bench", "remote_workbench", "workbench"}, True),
     ({"opening", "serving"}, True),
     ({"bench"}, True),
     ({"cli", "demo", "doctor", "gpus", "magic", "serve_command"}, True),
