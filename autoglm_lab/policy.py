@@ -210,6 +210,9 @@ class MemoryPolicy(_Part):
             None: the whole device.
         pinned: most bytes of page-locked host memory for parked modules; what is beyond is pageable; None: half of the
             host's memory.
+        max_image_tokens: most tokens of one image, at least 16: larger images are made smaller before they are
+            encoded, which costs detail; None: as the model's processor has it. A model of one image size leaves it
+            alone and says so.
 
     Example:
         >>> MemoryPolicy(modules={"audio": "off"}, budget="24GiB").budget
@@ -225,6 +228,7 @@ class MemoryPolicy(_Part):
     placement: PlacementPolicy = PlacementPolicy()
     budget: Bytes | None = None
     pinned: Bytes | None = None
+    max_image_tokens: int | None = Field(None, ge=16)
 
     def __init__(self, **settings: Any) -> None:
         """Validate ``settings``.

@@ -82,12 +82,11 @@ def resized(processor: Any, size: tuple[int, int], most: int | None) -> tuple[in
     images = getattr(processor, "image_processor", None)
     if most is None or images is None or _bounds(images) is None:
         return size
-    probe = copy.copy(images)
-    _first[probe] = _first.get(images) or _bounds(images) or {}
-    probe.size = edges_for(probe, most)
+    free, limited = copy.copy(images), copy.copy(images)
+    free.size, limited.size = edges_for(images, None), edges_for(images, most)
     width, height = size
     try:
-        tokens, plain = _count(probe, width, height), _count(images, width, height)
+        tokens, plain = _count(limited, width, height), _count(free, width, height)
     except _UNKNOWN:
         return size
     if tokens >= plain:

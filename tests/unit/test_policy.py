@@ -42,6 +42,7 @@ FULL = MemoryPolicy(
     placement=PlacementPolicy(host_bytes="8GiB"),
     budget="24GiB",
     pinned="8GiB",
+    max_image_tokens=640,
 )  # fmt: skip
 
 
@@ -187,3 +188,9 @@ def test_text_that_is_no_policy_is_refused() -> None:
         MemoryPolicy.from_yaml("kv: [")
     with pytest.raises(PolicyError, match="a policy is a mapping of settings, not list"):
         MemoryPolicy.from_json(json.dumps([1]))
+
+
+def test_an_image_takes_at_least_some_tokens() -> None:
+    assert MemoryPolicy(max_image_tokens=16).max_image_tokens == 16
+    with pytest.raises(PolicyError, match=r"max_image_tokens: .*greater than or equal to 16 \(got 8\)"):
+        MemoryPolicy(max_image_tokens=8)
