@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolv
 from autoglm_lab.models.precision import convert, dtype_of, keep_in, made_in, precisions_of, spelled_out
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.progress import visible
 from autoglm_lab.remote_workbench import RemoteWorkbench
 from autoglm_lab.workbench import Workbench
 
@@ -38,12 +39,15 @@ def load(
     quantize: str | Mapping[str, str] | None = None,
     device: str | None = None,
     seed: int = 0,
+    allow: str | Collection[str] = (),
+    progress: bool | None = None,
 ) -> Workbench:
     """Load a model under memory control.
 
     Args:
         source: a preset (``autoglm-tiny``, ``autoglm-article``, ``autoglm-phone-9b``), a folder of safetensors, a hub
-            id whose files are in the local cache, or a configuration object.
+            id (fetched where the local cache lacks it; ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` hold), or a
+            configuration object.
         policy: every setting; None: the defaults; ``"auto"``: the best that fits ``workload``, see `plan_choice`.
         budget: bytes that the process may use, ``"24GiB"`` too; None: the policy's.
         workload: what ``"auto"`` is to fit; None: a prompt of 8,192 tokens and an answer of 256.
@@ -54,9 +58,14 @@ def load(
             quantised while they are read.
         device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
         seed: of made-up weights.
+        allow: what is refused otherwise, by name: ``"pickle"`` (weights that can run any code when they are read),
+            ``"remote-code"`` (a model's own Python files).
+        progress: show how far it is. None: in a notebook and on a terminal, where there is enough to load; True:
+            always; False: never.
 
     Raises:
         LoadError: the source is unknown or cannot be loaded, or no policy fits; the message says what would help.
+        OutOfMemoryError: the weights do not fit, told before they are read, with what would.
         PolicyError: the policy names a module that the model does not have.
     """
     auto = policy == "auto"
@@ -65,14 +74,22 @@ def load(
         expand_segments()  # before CUDA starts; where it is too late the workbench says so
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
     accelerator = open_accelerator(device)
-    resolved = resolve(source, weights=weights, dtype=dtype, device=accelerator.device, seed=seed)
+    resolved = resolve(
+        source,
+        weights=weights,
+        dtype=dtype,
+        device=accelerator.device,
+        seed=seed,
+        allow=allow,
+        progress=visible(progress),
+    )
     precisions = spelled_out(quantize, [spec.name for spec in anatomy(resolved.model)])
     policy = policy.replace(modules={name: {"precision": one} for name, one in precisions.items()})
     keep_in(resolved, policy.precisions())
     if not auto:
-        return Workbench(resolved, policy, accelerator=accelerator)
+        return Workbench(resolved, policy, accelerator=accelerator, progress=progress)
     choice = _chosen_for(resolved, policy, workload or Workload(), accelerator)
-    workbench = Workbench(resolved, choice.policy, accelerator=accelerator)
+    workbench = Workbench(resolved, choice.policy, accelerator=accelerator, progress=progress)
     workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
     return workbench
 

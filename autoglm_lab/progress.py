@@ -31,10 +31,11 @@ def shown(wanted: bool | None, what: str, total: int, far: Far) -> Iterator[None
         total: bytes when it is over.
         far: asked five times a second.
     """
-    surface = None if wanted is False or total == 0 else _surface(forced=wanted is True)
-    if surface is None or (wanted is None and total < WORTH_IT):
+    kind = None if wanted is False or total == 0 else _surface_of(forced=wanted is True)
+    if kind is None or (wanted is None and total < WORTH_IT):
         yield
         return
+    surface: _Surface = kind()
     begun, over = time.perf_counter(), threading.Event()
 
     def watch() -> None:
@@ -52,6 +53,11 @@ def shown(wanted: bool | None, what: str, total: int, far: Far) -> Iterator[None
         over.set()
         thread.join()
         surface.end(Progress(what, *far(), total, time.perf_counter() - begun), failed=failed)
+
+
+def visible(wanted: bool | None) -> bool:
+    """Whether someone looks, or is to be shown it all the same."""
+    return _surface_of(forced=wanted is True) is not None if wanted is not False else False
 
 
 class Progress:
@@ -97,8 +103,8 @@ class _Surface(Protocol):
 class _Line:
     """The last line of a terminal; what is left of it at the end is one line that says what was done."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._width = stream, 0
+    def __init__(self) -> None:
+        self._stream, self._width = sys.stderr, 0
 
     def show(self, progress: Progress) -> None:
         text = f"{progress} · {progress.share:.0%}"
@@ -129,10 +135,10 @@ class _Cell:
             self._handle.update({"text/html": "", "text/plain": ""}, raw=True)
 
 
-def _surface(*, forced: bool) -> _Surface | None:
+def _surface_of(*, forced: bool) -> type[_Cell | _Line] | None:
     if _in_notebook():
-        return _Cell()
-    return _Line(sys.stderr) if forced or sys.stderr.isatty() else None
+        return _Cell
+    return _Line if forced or sys.stderr.isatty() else None
 
 
 def _in_notebook() -> bool:

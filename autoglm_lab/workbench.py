@@ -16,6 +16,7 @@ from autoglm_lab.engine.admission import Admission
 from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.local import LocalEngine, check_modules
+from autoglm_lab.engine.messages import ImagePart, media, read_messages
 from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
@@ -36,6 +37,7 @@ from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.memory.snapshot import snapshot, write_snapshot
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
+from autoglm_lab.models.image_tokens import image_tokens, limit_image_tokens
 from autoglm_lab.models.loading import Outline, Resolved
 from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.skeleton import skeleton
@@ -59,7 +61,9 @@ class Workbench(EngineBench):
 
     engine: LocalEngine
 
-    def __init__(self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any) -> None:
+    def __init__(
+        self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any, progress: bool | None = False
+    ) -> None:
         self.name = resolved.name
         self.model, self.processor = resolved.model, resolved.processor
         self._outline: Outline | None = None
@@ -70,7 +74,7 @@ class Workbench(EngineBench):
         residency = Residency(resolved, accelerator, policy=policy, on_event=self.sampler.record)
         try:
             accelerator.set_budget(policy.budget)
-            residency.materialise()
+            residency.materialise(progress=progress)
         except BaseException:
             residency.close()
             raise
@@ -102,6 +106,9 @@ class Workbench(EngineBench):
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
         for note in resolved.notes:
             state.event("note", note)
+        fixed = limit_image_tokens(resolved.processor, policy.max_image_tokens)
+        if fixed:
+            state.event("note", "max_image_tokens", why=fixed)
         late = expand_segments(accelerator.kind) if policy.reclaim.expandable_segments else ""
         if late:
             state.event("note", "reclaim", why=late)
@@ -126,6 +133,24 @@ class Workbench(EngineBench):
             LabError: the folder is not there, or the disk is full.
         """
         return write_snapshot(path, snapshot(self.memory, self.engine.state.accelerator.device))
+
+    def image_tokens(self, image: Any) -> int | None:
+        """How many tokens an image will take of the prompt, under ``policy.max_image_tokens``.
+
+        Args:
+            image: as `chat` takes it, or its ``(width, height)``.
+
+        Returns:
+            None where the processor does not tell before it has seen the image, or takes none.
+
+        Raises:
+            MediaError: the image cannot be read.
+        """
+        if isinstance(image, tuple):
+            return image_tokens(self.processor, image)
+        (message,) = read_messages([{"role": "user", "content": [{"type": "image", "image": image}]}])
+        (part,) = media([message], ImagePart)
+        return image_tokens(self.processor, part.image.size)
 
     def outline(self) -> Outline:
         """The model without its weights, as a plan takes it. Made once."""

@@ -8,6 +8,7 @@ from autoglm_lab.errors import PolicyError
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv_pool import KvPool
 from autoglm_lab.memory.ledger import LedgerBook
+from autoglm_lab.models.image_tokens import limit_image_tokens
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import exact_bytes
 
@@ -50,6 +51,9 @@ class PolicyChange:
         state.limit_stores()
         if policy.budget != before.budget:
             state.event("budget", "the process" if policy.budget else "none: the whole device", nbytes=policy.budget)
+        if policy.max_image_tokens != before.max_image_tokens:
+            why = limit_image_tokens(state.processor, policy.max_image_tokens) or "from the next image on"
+            state.event("policy", "max_image_tokens", why=why)
         for part in ("kv", "reclaim", "generation"):
             if getattr(policy, part) != getattr(before, part):
                 state.event("policy", part, why="from the next turn on")

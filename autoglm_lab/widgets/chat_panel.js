@@ -167,10 +167,27 @@ export default panel({
           continue;
         }
         if (desk.files.length >= state.most_files) break;
-        desk.files.push({ kind, file, url: kind === "image" ? URL.createObjectURL(file) : "" });
+        const one = { kind, file, url: kind === "image" ? URL.createObjectURL(file) : "" };
+        desk.files.push(one);
+        if (kind === "image") measure(one);
       }
       drawTray();
       box.focus();
+    }
+    // The kernel knows what a picture of that size takes of the prompt.
+    function measure(one) {
+      const picture = new Image();
+      picture.onload = () => {
+        one.size = { width: picture.naturalWidth, height: picture.naturalHeight };
+        ui.send("measure", one.size);
+        drawTray();
+      };
+      picture.src = one.url;
+    }
+    function weight(one) {
+      const tokens = one.size && (state.image_tokens ?? {})[`${one.size.width}x${one.size.height}`];
+      const bytes = formatBytes(one.file.size);
+      return tokens ? `${bytes} · ${ui.t("image tokens", { n: formatCount(tokens) })}` : bytes;
     }
     function paste(event) {
       const files = [...(event.clipboardData?.files ?? [])];
@@ -222,7 +239,7 @@ export default panel({
             ]
           : []),
         ...desk.files.map((one) =>
-          chip(one.kind, one.file.name, formatBytes(one.file.size), one.url, () => {
+          chip(one.kind, one.file.name, weight(one), one.url, () => {
             URL.revokeObjectURL(one.url);
             desk.files = desk.files.filter((other) => other !== one);
             drawTray();

@@ -18,6 +18,7 @@ from autoglm_lab.widgets.transcript import Transcript, transcript_of
 
 GENERATION = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
 _MOST_TEXT = 100_000
+_MOST_PIXELS = 50_000_000
 
 
 class ChatPanel(Panel):
@@ -39,6 +40,7 @@ class ChatPanel(Panel):
         self._conversation = "main"
         self._shown: tuple[str, int] = ("", -1)
         self._samples: list[dict[str, Any]] | None = None
+        self._sizes: dict[tuple[int, int], None] = {}
         super().__init__(host, **settings)
 
     # what is shown; the refresher alone calls these
@@ -61,8 +63,14 @@ class ChatPanel(Panel):
             "samples": self._samples,
             "warning": self.host.warning if self.host else None,
             "limit": LIMIT,
+            "image_tokens": self._image_tokens(),
             "most_files": MOST_FILES,
         }
+
+    def _image_tokens(self) -> dict[str, int]:
+        """What the images that are attached will take of the prompt, by ``widthxheight``."""
+        costs = {} if self.host is None else {size: self.host.bench.image_tokens(size) for size in tuple(self._sizes)}
+        return {f"{width}x{height}": tokens for (width, height), tokens in costs.items() if tokens is not None}
 
     def push(self) -> bool:
         """Send what was said since; True while an answer of any conversation is under way."""
@@ -116,6 +124,16 @@ class ChatPanel(Panel):
             transcript.answer(conversation, turn, host.wake)
 
         return say
+
+    def do_measure(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """An image of ``width`` and ``height`` was attached: show what it will take before it is sent."""
+        size = int(content["width"]), int(content["height"])
+        if self.host is None or min(size) < 1 or size[0] * size[1] > _MOST_PIXELS:
+            return
+        self._sizes[size] = None
+        while len(self._sizes) > MOST_FILES:
+            del self._sizes[next(iter(self._sizes))]
+        self.host.wake()
 
     def do_stop(self, _content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
         reply = self._transcript().running(self._conversation)

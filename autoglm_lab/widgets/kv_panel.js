@@ -75,12 +75,23 @@ export default panel({
       keptMedia = h("span", { class: "algm-dim algm-num" });
     const sliding = row("", words(ui.t("first"), sinks.node, ui.t("and latest"), lossy(), cut));
     const onHost = row("", words(sizes.prefix_host_bytes.node, ui.t("on host"), keptHost));
+    const detail = field({
+      label: ui.t("max_image_tokens hint"),
+      class: "algm-field algm-max_image_tokens",
+      type: "number",
+      min: 16,
+      step: 1,
+      placeholder: ui.t("no limit"),
+      onDone: (value) => ui.send("image_tokens", { value: value ? Number(value) : null }),
+    });
+    const pictures = row(ui.t("images"), words(detail.node, ui.t("tokens at most"), lossy()));
     const more = fold(ui, ui.t("more"), [
       row(ui.t("bytes"), words(sizes.max_bytes.node, ui.t("a conversation"))),
       row(ui.t("place"), h("span", { class: "algm-flow" }, place.node, reason)),
       row(ui.t("prefixes"), words(sizes.prefix_bytes.node, ui.t("on device"), kept)),
       onHost,
       row(ui.t("encoders"), words(sizes.encoder_bytes.node, ui.t("of outputs"), keptMedia)),
+      pictures,
       row(ui.t("prefill"), words(chunk.node, ui.t("tokens a step"))),
       row(ui.t("decode"), graphs.node),
     ]);
@@ -171,6 +182,8 @@ export default panel({
       kept.textContent = now(state.prefixes_now);
       keptHost.textContent = now(state.prefixes_host_now);
       keptMedia.textContent = now(state.encoders_now);
+      detail.set(state.max_image_tokens ?? "", off("max_image_tokens"));
+      pictures.hidden = !state.images;
       chunk.set(state.chunk, off("chunk"));
       graphs.set(state.graphs && state.gpu, off("graphs") || !state.gpu || !state.paged);
       graphs.node.title = state.gpu ? ui.t("graphs hint") : ui.t("no gpu graphs");

@@ -41,6 +41,8 @@ def kv_state(snapshot: Snapshot) -> dict[str, Any]:
             "control": snapshot.capabilities.memory_control,
             "paged": snapshot.pages is not None,
             "gpu": snapshot.on_gpu,
+            "max_image_tokens": snapshot.policy.max_image_tokens,
+            "images": "image" in snapshot.capabilities.modalities,
         }
     )
 
@@ -108,6 +110,12 @@ class KvPanel(Panel):
         if self.host is not None:
             bench, setting, value = self.host.bench, str(content["setting"]), content["value"]
             self.run(setting, lambda: set_policy(bench, kv={setting: value}))
+
+    def do_image_tokens(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Let an image take at most so many tokens; no value: as many as the model's processor has it."""
+        if self.host is not None:
+            bench, value = self.host.bench, content["value"]
+            self.run("max_image_tokens", lambda: set_policy(bench, max_image_tokens=value))
 
     def do_drop(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
         if self.host is not None:

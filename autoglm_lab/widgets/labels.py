@@ -213,6 +213,12 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
             "Bytes for what the encoders gave for images and sounds: the same one is not encoded again",
             "保留图像与音频编码输出的字节数：相同内容不再重复编码",
         ),
+        "images": ("images", "图像"),
+        "tokens at most": ("tokens at most", "词元以内"),
+        "max_image_tokens hint": (
+            "Most tokens of one image: larger ones are made smaller, which costs detail",
+            "每张图像最多占用的词元数：更大的图像会被缩小，损失细节",
+        ),
         "prefill": ("prefill", "预填充"),
         "tokens a step": ("tokens a step", "词元每步"),
         "chunk hint": (
@@ -380,6 +386,7 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
         ),
         "try": ("Try", "试试"),
         "remove": ("Remove {name}", "移除 {name}"),
+        "image tokens": ("{n} tokens", "{n} 个词元"),
         "not media": ("{name} is neither an image nor audio", "{name} 既不是图片也不是音频"),
         "too large": (
             "{name} has {bytes}; the files of a message may have {limit} together",

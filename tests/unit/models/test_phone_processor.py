@@ -13,6 +13,7 @@ import transformers as tf
 from PIL import Image
 
 import autoglm_lab as lab
+from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models import catalog
 from autoglm_lab.models.loading import resolve
 from autoglm_lab.models.location import processor_of
@@ -170,3 +171,22 @@ def test_a_phone_model_with_dummy_weights_chats_about_an_image(workbench: lab.Wo
     assert answer.text == wb.processor.tokenizer.decode(stock, skip_special_tokens=True)
     again = wb.chat("And now?", conversation="a", max_new_tokens=4, eos=False).result(60)
     assert again.usage.prompt_tokens > answer.usage.prompt_tokens
+
+
+def test_a_limit_on_an_image_s_tokens_holds_for_turn_and_plan(workbench: lab.Workbench) -> None:
+    screen, free = SCREEN.resize((540, 1200)), workbench.image_tokens(SCREEN.resize((540, 1200)))
+    assert free == 817
+
+    def encode(wb: lab.Workbench) -> int:
+        phases = wb.plan(None, Workload(900, 4, 1, screen.size), search=False).phases
+        return next(phase.of_kind("activations") for phase in phases if phase.name == "encode")
+
+    before = encode(workbench)
+    workbench.policy = workbench.policy.replace(max_image_tokens=100)
+    limited = workbench.image_tokens(screen)
+    assert limited is not None and limited <= 100
+    answer = workbench.chat("Tap", image=screen, conversation="small", max_new_tokens=2, eos=False).result(60)
+    assert answer.usage.image_tokens == limited
+    assert encode(workbench) < before
+    workbench.policy = workbench.policy.replace(max_image_tokens=None)
+    assert workbench.image_tokens(screen) == free

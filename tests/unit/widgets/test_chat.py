@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 from autoglm_lab.engine.protocol import Answer, Timings, Usage
 from autoglm_lab.policy import MemoryPolicy
@@ -64,6 +65,22 @@ def test_an_image_reaches_the_model_as_it_was_sent(wb, dashboard):
     until(lambda: answers(dashboard), "the answer")
     assert answers(dashboard)[0]["figures"]["image_tokens"] > 0
     assert dashboard.chat.messages[0]["attachments"][0]["width"] == 400
+
+
+def test_what_an_image_takes_shows_before_it_is_sent(wb, dashboard):
+    browser_sends(dashboard.chat, "measure", width=1080, height=2400)
+    until(lambda: dashboard.chat.state["image_tokens"], "the tokens")
+    expected = wb.image_tokens((1080, 2400))
+    assert dashboard.chat.state["image_tokens"] == {"1080x2400": expected}
+    assert expected == wb.model.config.image_seq_length
+    assert wb.image_tokens(Image.new("RGB", (30, 40))) == expected
+    for width in range(20, 40):
+        browser_sends(dashboard.chat, "measure", width=width, height=10)
+    until(lambda: "39x10" in dashboard.chat.state["image_tokens"], "the last")
+    assert len(dashboard.chat.state["image_tokens"]) == 8
+    browser_sends(dashboard.chat, "measure", width=10**6, height=10**6)
+    browser_sends(dashboard.chat, "measure", width=0, height=5)
+    assert not {"1000000x1000000", "0x5"} & set(dashboard.chat.state["image_tokens"])
 
 
 def test_a_sample_is_one_click_away_with_its_question_in_both_languages(wb, dashboard):

@@ -40,6 +40,18 @@ def test_every_control_reaches_its_setting_and_no_other(wb, dashboard, setting, 
     until(lambda: dashboard.kv.state[setting] in (value, str(value)), "the panel to show it")
 
 
+def test_fewer_tokens_an_image_is_a_setting_beside_the_encoders(wb, dashboard):
+    browser_sends(dashboard.kv, "image_tokens", value=64)
+    until(lambda: wb.policy == MemoryPolicy(max_image_tokens=64), "the setting")
+    until(lambda: dashboard.kv.state["max_image_tokens"] == 64, "the panel to show it")
+    told = next(event for event in reversed(wb.events) if event.subject == "max_image_tokens")
+    assert told.why == f"max_image_tokens does nothing: fixed at {wb.model.config.image_seq_length} an image"
+    browser_sends(dashboard.kv, "image_tokens", value=3)
+    until(lambda: "max_image_tokens" in dashboard.kv.problem, "the error")
+    browser_sends(dashboard.kv, "image_tokens", value=None)
+    until(lambda: wb.policy == MemoryPolicy(), "the setting to go")
+
+
 def test_an_impossible_size_is_refused_in_words(wb, dashboard):
     sets(dashboard, "max_bytes", "plenty")
     until(lambda: "cannot read 'plenty' as a size" in dashboard.kv.problem, "the error")
