@@ -98,9 +98,15 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
     """Put the same controls on a transformers model that this process already holds.
 
     The weights move into memory of our own, module by module; the parameter objects stay the same.
+    `Workbench.detach` gives the model back as it was.
+
+    Args:
+        model: any decoder model of transformers', with or without encoders before it; docs/models.md lists what was
+            tried.
+        processor: its processor or tokenizer; None: nothing can be asked, but memory is shown and moved.
 
     Raises:
-        LoadError: the model has parameters without values.
+        LoadError: the model has parameters without values, is spread over several devices, or gives no logits.
         PolicyError: the policy asks for another precision of the weights: that needs `load`.
     """
     accelerator = open_accelerator(model.device)

@@ -37,9 +37,11 @@ from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.memory.snapshot import snapshot, write_snapshot
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
+from autoglm_lab.models.dialogue import refuse_unfit
 from autoglm_lab.models.image_tokens import image_tokens, limit_image_tokens
 from autoglm_lab.models.loading import Outline, Resolved
 from autoglm_lab.models.precision import convert, made_in, precisions_of
+from autoglm_lab.models.original import Original
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 
@@ -64,9 +66,12 @@ class Workbench(EngineBench):
     def __init__(
         self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any, progress: bool | None = False
     ) -> None:
+        refuse_unfit(resolved.model)
         self.name = resolved.name
         self.model, self.processor = resolved.model, resolved.processor
         self._outline: Outline | None = None
+        self._original = Original(resolved.model)
+        resolved.model.eval()
         book = LedgerBook(accelerator)
         started = time.monotonic()
         self.sampler = Sampler(_weakly(self))
@@ -100,7 +105,7 @@ class Workbench(EngineBench):
         state.admission = Admission(state, resolved.name, resolved.dtype)
         state.prepare_steps()
         state.limit_stores()
-        _mark_encoding(residency, state)
+        self._hooks = _mark_encoding(residency, state)
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
@@ -109,6 +114,8 @@ class Workbench(EngineBench):
         fixed = limit_image_tokens(resolved.processor, policy.max_image_tokens)
         if fixed:
             state.event("note", "max_image_tokens", why=fixed)
+        if pool is None:
+            state.event("note", "keys and values", why=_OWN_CACHE)
         late = expand_segments(accelerator.kind) if policy.reclaim.expandable_segments else ""
         if late:
             state.event("note", "reclaim", why=late)
@@ -182,6 +189,32 @@ class Workbench(EngineBench):
         return predict.plan(wanted, workload or Workload(), search=search)
 
 
+    def detach(self) -> Any:
+        """Give the model back as it was: its weights in memory of torch's own, on the device, no hook of ours left.
+
+        The workbench is closed then. What was parked is brought back first.
+
+        Returns:
+            The model.
+
+        Raises:
+            ModuleError: a variable outside the model views weights, or a forward pass of another thread runs.
+            OutOfMemoryError: a parked module does not fit on the device.
+        """
+        self.engine.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._original.restore()
+        limit_image_tokens(self.processor, None)
+        return self.model
+
+
+_OWN_CACHE = (
+    "this model's layers slide, keep a state or look at an image, so they stay in transformers' own cache: one "
+    "conversation decodes at a time, and nothing of it is shared with another"
+)
+
+
 def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
     """Reads the ledger without keeping the workbench alive: the sampler's thread outlives what nobody holds."""
     reference = weakref.ref(workbench)
@@ -208,8 +241,13 @@ def _let_go(state: EngineState) -> None:
         state.accelerator.set_budget(None)
 
 
-def _mark_encoding(residency: Residency, state: EngineState) -> None:
-    """Let the engine know when a forward is inside an encoder, so that its peak is told apart from the prefill's."""
+def _mark_encoding(residency: Residency, state: EngineState) -> list[Any]:
+    """Let the engine know when a forward is inside an encoder, so that its peak is told apart from the prefill's.
+
+    Returns:
+        The hooks that do it.
+    """
+    hooks: list[Any] = []
 
     def begin(*_: Any) -> None:
         if state.phase == "prefill":
@@ -223,8 +261,9 @@ def _mark_encoding(residency: Residency, state: EngineState) -> None:
         if spec.name in ("vision", "audio"):
             for root in spec.roots:
                 encoder = residency.model.get_submodule(root)
-                encoder.register_forward_pre_hook(begin)
-                encoder.register_forward_hook(end, always_call=True)
+                hooks.append(encoder.register_forward_pre_hook(begin))
+                hooks.append(encoder.register_forward_hook(end, always_call=True))
+    return hooks
 
 
 def _capabilities(resolved: Resolved, residency: Residency, accelerator: Any) -> Capabilities:

@@ -243,6 +243,20 @@ class LocalEngine:
             self._state.admission.close()
         _close(self._state, self._book)
 
+    def detach(self) -> None:
+        """Cancel what runs and give every module's weights back to the model, on the device; then as `close`.
+
+        Raises:
+            ModuleError, OutOfMemoryError: a module could not be given back; the engine goes on.
+        """
+
+        def run() -> None:
+            self.finish()
+            self._state.residency.release()
+
+        self._call(run)
+        self.close()
+
     # between threads
 
     def _call(self, run: Callable[[], Result]) -> Result:

@@ -121,6 +121,10 @@ def render(
         )
     except (ValueError, TypeError, KeyError) as error:
         raise MessageError(f"this model's chat template cannot render the dialogue: {error}") from error
+    if "cross_attention_mask" in batch:
+        raise MessageError(
+            "this model looks at images from layers of their own (cross-attention), which is not done here: ask in text"
+        )
     ids = tuple(batch["input_ids"][0].tolist())
     given = batch.get("block_sequence_ids")
     blocks, types = typed_blocks(model, batch) if given is None else (tuple(given[0].tolist()), {})

@@ -109,7 +109,9 @@ class EngineState:
                 growth=self.accelerator.growth,
                 warm_up=self.accelerator.warm_up,
             )
-        self.stepper = Stepper(self.model, encoder=old.encoder, graphs=graphs)
+        self.stepper = Stepper(
+            self.model, encoder=old.encoder, graphs=graphs, told=lambda text: self._note("prompts", text)
+        )
 
     def limit_stores(self) -> None:
         """Let what is kept between turns obey the policy as it is now."""
@@ -131,6 +133,9 @@ class EngineState:
 
     def _serve(self) -> None:
         self.meanwhile()
+
+    def _note(self, subject: str, text: str) -> None:
+        self.event("note", subject, why=text)
 
     def _note_graph(self, text: str, seconds: float) -> None:
         self.event("note", "decode graphs", seconds=seconds, why=text)

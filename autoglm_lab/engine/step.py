@@ -37,10 +37,17 @@ class Stepper:
     Args:
         encoder: runs the encoders apart from the decoder; None: one that keeps nothing.
         graphs: decodes through captured graphs where they are given and fit.
-
+        told: called with a sentence where the model cannot do what the policy asks.
     """
 
-    def __init__(self, model: Any, *, encoder: Encoder | None = None, graphs: DecodeGraphs | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        encoder: Encoder | None = None,
+        graphs: DecodeGraphs | None = None,
+        told: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._model, self.graphs = model, graphs
         self.encoder = Encoder(model) if encoder is None else encoder
         self._positions = Positions(model)
@@ -48,6 +55,7 @@ class Stepper:
         self._configs = decoder_configs(model) if self._positions.stated else ()
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._cache_name = "cache_params" if "cache_params" in self._accepted else "past_key_values"
+        self._told = told
         self._in_pieces: bool | None = None
 
     @torch.no_grad()
@@ -121,6 +129,10 @@ class Stepper:
             return True
         if self._in_pieces is None:
             self._in_pieces = reads_in_pieces(self._model, self._forward, told=self._positions.stated)
+            if not self._in_pieces:
+                self._told(
+                    "a prompt is read in one piece: this model's recurrent layers do not go on from a part of it"
+                )
         return self._in_pieces
 
     @torch.no_grad()

@@ -52,12 +52,11 @@ class Binding:
         self._detached = False
         self._guarded = _guarded_submodules(model, {id(tensor) for tensor in self._tensors.values()})
         self._guards: list[Any] = []
-        for submodule in self._guarded:
-            submodule.register_state_dict_pre_hook(self._guard_state_dict)
+        self._hooks = [one.register_state_dict_pre_hook(self._guard_state_dict) for one in self._guarded]
         for root in spec.roots:
             submodule = model.get_submodule(root)
-            submodule.register_forward_pre_hook(self._enter, prepend=True)
-            submodule.register_forward_hook(self._leave, always_call=True)
+            self._hooks.append(submodule.register_forward_pre_hook(self._enter, prepend=True))
+            self._hooks.append(submodule.register_forward_hook(self._leave, always_call=True))
 
     def attach(self, region: Tensor, arriving: torch.cuda.Event | None = None) -> None:
         """Point the tensors into ``region`` (``uint8``, ``[nbytes or more]``).
@@ -87,6 +86,23 @@ class Binding:
         if not self._guards:
             for submodule in self._guarded:
                 self._guards.append(submodule.register_forward_pre_hook(self._guard, prepend=True))
+
+    def copies(self, region: Tensor) -> dict[str, Tensor]:
+        """The values in ``region`` in memory of torch's own allocator, each tensor as it lay when it was attached."""
+        made = {}
+        for name, view in views_of(region, self.views).items():
+            own = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=self._device)
+            made[name] = own.copy_(view)
+        return made
+
+    def give_away(self, values: dict[str, Tensor]) -> None:
+        """Point the tensors at ``values`` for good and take every hook off: the model is its own again."""
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.data = values[name]
+        for hook in (*self._guards, *self._hooks):
+            hook.remove()
+        self._guards, self._hooks, self._attached, self._detached = [], [], [], False
 
     def join(self) -> None:
         """Let the current stream wait for weights that are on their way."""

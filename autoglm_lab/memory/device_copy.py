@@ -153,6 +153,28 @@ class DeviceCopy:
         """Copy the region into a host region, and wait for it. Only the mover calls it."""
         self._mover.fetch(self.slab.alias(), target)
 
+    def release(self) -> None:
+        """Give the model's tensors memory of torch's own, take the hooks off them, and give the slab back.
+
+        Where the device has no room for both, the values go by way of the host.
+
+        Raises:
+            ModuleError: as `withdraw`. Everything is as before.
+        """
+        self._mover.wait(self.withdraw())
+        with torch.inference_mode(mode=False), torch.no_grad():
+            try:
+                values = self.binding.copies(self.slab.alias())
+            except torch.OutOfMemoryError:
+                region = self.slab.alias().cpu()
+                self.drop()
+                values = self.binding.copies(region)
+        if self._mover.background:
+            torch.cuda.synchronize(self._accelerator.device)  # the copies may still read the slab
+        self.binding.give_away(values)
+        self.drop()
+        self.slab.close()
+
     def drop(self) -> None:
         """Give the memory back. The device must be done with it."""
         held = self.slab.committed

@@ -62,6 +62,7 @@ class ModuleResidency:
         self._move: Move | None = None
         self._last_event: Event | None = None
         self._lock = threading.RLock()
+        self._released = False
 
     # what people and the sampler read; no lock is held for it
 
@@ -191,6 +192,23 @@ class ModuleResidency:
             if self._mover.background and self.at == "device" and self.backing.host is None:
                 self._mover.run(Move(), self._end_stage)
 
+    def release(self) -> None:
+        """Give the model its weights back, on the device, as if they had never been held here.
+
+        Raises:
+            ModuleError: as `park`; the module stays.
+            OutOfMemoryError: it is parked, and the device has no room. The module stays.
+        """
+        with self._lock:
+            if self._released:
+                return
+            self.wake("given back to the model").result()
+            self._mover.drain()
+            self._device.release()
+            self._released = True
+            self.backing.drop_host()
+            self.backing.sources, self._move = {}, None
+
     def close(self) -> None:
         """Give every byte back, for good.
 
@@ -199,6 +217,8 @@ class ModuleResidency:
         """
         with self._lock:
             self._mover.drain()
+            if self._released:
+                return
             if self._device.slab.committed:
                 self._mover.wait(self._device.withdraw())
                 self._device.drop()

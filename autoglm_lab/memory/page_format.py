@@ -42,10 +42,14 @@ class PageFormat:
         heads = getattr(text, "num_attention_heads", None)
         own = DynamicCache(config=config)
         growing = all(type(layer) is DynamicLayer for layer in own.layers)
-        # Latent attention (DeepSeek's) keeps keys and values of different widths.
-        if not growing or heads is None or hasattr(text, "kv_lora_rank"):
+        # Latent attention (DeepSeek's) keeps keys and values of different widths; layers that look at an image (Llama
+        # 3.2's) keep it beside the tokens.
+        beside = hasattr(text, "kv_lora_rank") or bool(getattr(text, "cross_attention_layers", None))
+        if not growing or heads is None or beside:
             return None
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+            kv_heads = 1  # Falcon's and GPT-BigCode's way to say it
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
             return None

@@ -28,6 +28,8 @@ _EXTRAS = ("position_bias", "softcap", "s_aux", "sliding_window")
 
 def decoder_configs(model: nn.Module) -> tuple[PreTrainedConfig, ...]:
     """The configurations that the decoder's layers ask for their attention; empty where it is not sdpa."""
+    if not getattr(model, "_supports_attention_backend", True):
+        return ()  # its layers compute attention themselves, whatever is registered (Falcon)
     get_decoder = getattr(model, "get_decoder", None)
     try:
         decoder = model if get_decoder is None else get_decoder()

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 ORDER = ("vision", "audio", "projector", "text", "head")
 _INPUTS = {"vision": ("pixel_values",), "audio": ("input_features", "input_values", "audio_values")}
+# What a family calls the configuration of its encoder; the last of the audio ones only where the model hears.
+_STATED = {
+    "vision": ("vision_config", "vq_config", "vit_config"),
+    "audio": ("audio_config", "speech_config", "encoder_config"),
+}
 _MODALITY = {"vision": "image", "audio": "audio"}
 _BETWEEN = re.compile(
     r"proj|connector|merger|adapt|resampl|q_?former|embed_vision|embed_audio|embed_image|newline", re.IGNORECASE
@@ -110,13 +115,23 @@ def _encoder(model: nn.Module, name: str) -> nn.Module | None:
             found = None
         if isinstance(found, nn.Module) and _is_own(model, found):
             return found
-    stated = getattr(getattr(model, "config", None), f"{name}_config", None)
+    stated = _stated(model, name)
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         takes_it = config is not None and getattr(module, "main_input_name", None) in _INPUTS[name]
-        made_for_it = config is not None and config is stated
+        made_for_it = config is not None and stated is not None and (config is stated or type(config) is type(stated))
         if path and (takes_it or made_for_it) and isinstance(module, nn.Module) and _is_own(model, module):
             return module
+    return None
+
+
+def _stated(model: nn.Module, name: str) -> Any:
+    """The configuration of the encoder, by the names that families give it."""
+    config = getattr(model, "config", None)
+    for attribute in _STATED[name]:
+        stated = getattr(config, attribute, None)
+        if stated is not None and (attribute != "encoder_config" or hasattr(model, f"get_{_MODALITY[name]}_features")):
+            return stated
     return None
 
 
