@@ -15,13 +15,16 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from autoglm_lab.engine.protocol import Turn
+from autoglm_lab.errors import AdmissionError
 from autoglm_lab.server.media import read_dialogue
+from autoglm_lab.server.request_error import RequestError
 from autoglm_lab.server.service import Service
 
 Result = TypeVar("Result")
 
 _log = logging.getLogger("autoglm_lab.server")
 _LOGGED = 4000
+_PATIENCE = 30.0
 
 
 class ClientGoneError(Exception):
@@ -76,6 +79,33 @@ async def begin(service: Service, question: Question) -> Turn:
     except asyncio.CancelledError:
         work.add_done_callback(_cancel)
         raise
+
+
+async def answering(service: Service, question: Question) -> Turn:
+    """A turn that is under way: what could be refused of it was not.
+
+    Where the plan says that it does not fit beside the others, it waits until one of those has ended and is tried
+    again, so that load makes clients wait and never the memory run out.
+
+    Raises:
+        RequestError: 429, too many wait, or the memory is not free in time.
+        LabError: the messages cannot be read or answered.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        turn = await begin(service, question)
+        try:
+            return await started(turn)
+        except AdmissionError as error:
+            if not service.places.running:  # nobody's end would make room
+                raise
+            if time.monotonic() > deadline:
+                raise RequestError(429, str(error), "memory_busy", retry_after=_PATIENCE) from None
+        except BaseException:
+            turn.cancel()
+            raise
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.places.one_left(), _PATIENCE)
 
 
 async def started(turn: Turn) -> Turn:

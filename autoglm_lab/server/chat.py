@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from autoglm_lab.engine.protocol import Answer, MemoryEvent, ReasoningDelta, TextDelta, Turn
 from autoglm_lab.engine.wire import EXTENSION, to_wire
 from autoglm_lab.server.access import check_conversation
-from autoglm_lab.server.asking import Question, begin, new_id, started, unless_gone
+from autoglm_lab.server.asking import Question, answering, new_id, unless_gone
 from autoglm_lab.server.sampling import Sampling
 from autoglm_lab.server.service import Service, role_in, service_of
 from autoglm_lab.server.sse import EventStream, event
@@ -58,11 +58,10 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     question = Question(messages, options, asked.conversation, asked.replace)
     ignored = asked.ignored(can_think=thinks)
     headers = {"x-autoglm-ignored": ignored} if ignored else {}
-    turn = await unless_gone(request, begin(service, question))
+    turn = await unless_gone(request, answering(service, question))
     completion = _Completion(service, turn, name, asked)
     try:
         if asked.stream:
-            await unless_gone(request, started(turn))
             return EventStream(completion.chunks(), headers, closed=turn.cancel)
         answer = await unless_gone(request, _finished(turn))
     except BaseException:

@@ -23,6 +23,7 @@ class Places:
         self._most, self._most_waiting = running, waiting
         self._queue: deque[asyncio.Future[None]] = deque()
         self._seconds = _FIRST_GUESS
+        self._left = asyncio.Event()
         self.running = 0
 
     @property
@@ -57,7 +58,13 @@ class Places:
     def leave(self, seconds: float) -> None:
         """Give a place back after ``seconds`` of use; the next one who waits gets it."""
         self._seconds += 0.1 * (seconds - self._seconds)
+        self._left.set()
+        self._left = asyncio.Event()
         self._pass_on()
+
+    async def one_left(self) -> None:
+        """Wait until the next place is given back."""
+        await self._left.wait()
 
     def _pass_on(self) -> None:
         while self._queue:

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from autoglm_lab.errors import (
+    AdmissionError,
     ContextLimitError,
     ConversationError,
     EngineClosedError,
@@ -25,6 +26,7 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permi
 _WAIT = 5.0
 _STATUS: tuple[tuple[type[LabError], int, str], ...] = (
     (ContextLimitError, 400, "context_length_exceeded"),
+    (AdmissionError, 400, "does_not_fit"),
     (OutOfMemoryError, 503, "out_of_memory"),
     (ModuleOffError, 409, "module_off"),
     (ModuleError, 409, "module_not_moved"),

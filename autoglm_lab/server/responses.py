@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from autoglm_lab.engine.protocol import Answer, ReasoningDelta, TextDelta, Turn
 from autoglm_lab.server.access import check_conversation
-from autoglm_lab.server.asking import Question, begin, new_id, started, unless_gone
+from autoglm_lab.server.asking import Question, answering, new_id, unless_gone
 from autoglm_lab.server.response_events import ResponseEvents
 from autoglm_lab.server.response_items import messages_of, output_items
 from autoglm_lab.server.sampling import Sampling
@@ -54,14 +54,13 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     said = [*before, *messages_of(asked.input)]
     told = [] if asked.instructions is None else [{"role": "system", "content": asked.instructions}]
     turn = await unless_gone(
-        request, begin(service, Question([*told, *said], options, asked.conversation, asked.replace))
+        request, answering(service, Question([*told, *said], options, asked.conversation, asked.replace))
     )
     response = _Response(service, turn, name, asked, said, role)
     ignored = asked.ignored(can_think=thinks)
     headers = {"x-autoglm-ignored": ignored} if ignored else {}
     try:
         if asked.stream:
-            await unless_gone(request, started(turn))
             return EventStream(response.events(), headers, closed=turn.cancel)
         answer = await unless_gone(request, _finished(turn))
     except BaseException:

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 import autoglm_lab as lab
+from autoglm_lab.errors import AdmissionError
 from autoglm_lab.server.places import Places
 from autoglm_lab.server.request_error import RequestError
 from autoglm_lab.server.run import Serving
@@ -55,7 +56,8 @@ def test_a_client_that_goes_away_stops_its_answer(served: Serving, wb: lab.Workb
     client = httpx.Client(base_url=served.url, timeout=60)
     if stream:
         with client.stream("POST", PATH, json=LONG) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # held: the connection closes with it
+            next(lines)
     else:
         with pytest.raises(httpx.ReadTimeout):
             client.post(PATH, json={**LONG, "stream": False}, timeout=0.3)
@@ -66,7 +68,8 @@ def test_a_client_that_goes_away_stops_its_answer(served: Serving, wb: lab.Workb
 def test_a_client_that_goes_away_gives_its_place_to_the_next(another: Callable[..., httpx.Client]) -> None:
     client = another(running=1, waiting=4)
     with client.stream("POST", PATH, json=LONG) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: the connection closes with it
+        next(lines)
     # 3000 tokens would take far longer than this client waits.
     assert client.post(PATH, json={"messages": [user("Hi")], "max_tokens": 1}, timeout=15).status_code == 200
 
@@ -76,12 +79,56 @@ def test_beyond_the_places_and_the_queue_a_client_is_told_when_to_come_back(
 ) -> None:
     client = another(running=1, waiting=0)
     with client.stream("POST", PATH, json=LONG) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: the connection closes with it
+        next(lines)
         refused = client.post(PATH, json={"messages": [user("Hi")]})
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) >= 1
     metrics = client.get(str(client.base_url).removesuffix("v1/") + "metrics").text
     assert 'autoglm_errors_total{code="queue_full"} 1.0' in metrics
+
+
+def refusing(wb: lab.Workbench, monkeypatch: pytest.MonkeyPatch, refuses: Callable[[int], bool]) -> list[str]:
+    """Let the engine refuse turns by how many others are under way. Returns those refused."""
+    real, refused = wb.engine.state.admission, []
+
+    class Refusing:
+        def check(self, conversation: Any, *_: Any, **__: Any) -> None:
+            others = [one for one in wb.engine.state.conversations if one.busy and one is not conversation]
+            if refuses(len(others)):
+                refused.append(conversation.name)
+                raise AdmissionError("decode", 2 << 30, 1 << 30)
+
+        def ended(self, *_: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(wb.engine.state, "admission", Refusing())
+    assert real is not None
+    return refused
+
+
+def test_a_request_that_does_not_fit_beside_another_waits_for_its_end(
+    client: httpx.Client, wb: lab.Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = refusing(wb, monkeypatch, lambda others: others > 0)
+    with client.stream("POST", PATH, json=LONG) as response:
+        lines = response.iter_lines()  # held: the connection closes with it
+        next(lines)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(client.post, PATH, json={"messages": [user("Hi")], "max_tokens": 1})
+            until(lambda: bool(refused))
+            assert not waiting.done()
+            response.close()
+            assert waiting.result(60).status_code == 200
+
+
+def test_a_request_that_does_not_fit_alone_is_refused(
+    client: httpx.Client, wb: lab.Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(wb, monkeypatch, lambda others: True)
+    response = client.post(PATH, json={"messages": [user("Hi")], "stream": True})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "does_not_fit")
 
 
 @pytest.mark.parametrize("told", ["stop", "SIGTERM"])
