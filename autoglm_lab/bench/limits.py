@@ -15,7 +15,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     rows, inner, columns = (8192, 4096, 13_696) if device.type == "cuda" else (512, 512, 512)
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(inner, columns, device=device, dtype=dtype)
-    return 2.0 * rows * inner * columns / _seconds(device, lambda: left @ right)
+    return 2.0 * rows * inner * columns / seconds_of(device, lambda: left @ right)
 
 
 def read_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -23,7 +23,7 @@ def read_rate(device: torch.device, dtype: torch.dtype) -> float:
     rows, inner = (65_536, 4096) if device.type == "cuda" else (4096, 1024)
     matrix = torch.randn(rows, inner, device=device, dtype=dtype)
     vector = torch.randn(inner, 1, device=device, dtype=dtype)
-    return matrix.nbytes / _seconds(device, lambda: matrix @ vector)
+    return matrix.nbytes / seconds_of(device, lambda: matrix @ vector)
 
 
 def prefill_seconds(workbench: Workbench, tokens: int, rate: float) -> float:
@@ -58,7 +58,7 @@ def _head_dim(config: Any) -> int:
     return int(config.hidden_size // config.num_attention_heads)
 
 
-def _seconds(device: torch.device, run: Any, times: int = 10) -> float:
+def seconds_of(device: torch.device, run: Any, times: int = 10) -> float:
     """Seconds of one run, the mean of ``times`` after a first one."""
     run()
     _wait(device)

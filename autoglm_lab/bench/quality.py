@@ -1,4 +1,4 @@
-"""What the lossy settings of keys and values cost: right answers of the embedded model, perplexity of SmolLM2."""
+"""What lossy settings cost: right answers of the embedded model, perplexity of SmolLM2."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from autoglm_lab.bench import perplexity as texts
+from autoglm_lab.bench import weight_quality
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.heldout import SEED, Outcome, Recipe, answered
 from autoglm_lab.bench.report import Figure, Report
@@ -101,6 +102,7 @@ def _answers(bench: Bench) -> tuple[list[Figure], list[str]]:
             wb.policy = wb.policy.replace(kv=_PLAIN)
             figures.append(_figure(task, setting.name, outcome, {"as the model": exact.share}))
             lost.append(_losses(task, setting, outcome, exact))
+        figures += weight_quality.answers(bench, recipe, task, exact, dialogues)
     wb.policy = before
     how = (
         f"Taps and recalls: {count} dialogues each that recipes/tiny draws, seed {SEED}, through the engine's turns; "
@@ -176,7 +178,9 @@ def _foretold(bench: Bench, wb: Workbench, count: int) -> tuple[list[Figure], li
             more, interval = texts.change([one[most:] for one in costs], [one[most:] for one in exact])
             figures.append(Figure(f"the same, of the tokens after the first {most}", "%", more, interval=interval))
     wb.policy = wb.policy.replace(kv=_PLAIN)
-    notes = [_text_note(text, len(contexts)), _CACHE_NOTE]
+    kept, how = weight_quality.perplexities(bench, wb.policy, contexts, exact)
+    figures += kept
+    notes = [_text_note(text, len(contexts)), _CACHE_NOTE, how]
     if absent:
         notes.append(f"Not installed, and left out: {', '.join(absent)}.")
     return figures, notes

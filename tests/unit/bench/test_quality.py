@@ -137,9 +137,13 @@ def test_it_runs_small_beside_transformers(tmp_path: Path, workbench: Workbench)
         assert exact.ours == exact.peers["transformers"]
         assert exact.interval is not None
         assert figures[f"{task}, int8: right"].peers == {"as the model": exact.ours}
+        assert figures[f"{task}, weights in int4: right"].peers == {"as the model": exact.ours}
     plain = figures["SmolLM2's perplexity, as the model computes"]
     assert plain.ours == pytest.approx(plain.peers["transformers"], rel=1e-4)
     assert "fp8" in figures["SmolLM2's perplexity, int8: higher by"].peers
+    in_8_bits, in_4_bits = (figures[f"SmolLM2's perplexity, weights in int{bits}: higher by"] for bits in (8, 4))
+    assert 0 < abs(in_8_bits.ours or 0) < 1
+    assert abs(in_8_bits.ours or 0) < abs(in_4_bits.ours or 0) < 10
     assert "95 %" in str(report)
     assert not report.missed
 
