@@ -72,7 +72,7 @@ $(VENV)/.lab: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes some minutes"
-	@$(INSTALL) ".[lab,serve,test]" && touch $@ $(VENV)/.lab $(VENV)/.core
+	@$(INSTALL) ".[lab,serve,train,test]" && touch $@ $(VENV)/.lab $(VENV)/.core
 
 clean:
 	rm -rf $(VENV) .make build dist .mypy_cache .pytest_cache .ruff_cache
