@@ -9,6 +9,8 @@
     │   └── ModuleOffError               a request needs a module that the policy switched off
     ├── MediaError (ValueError)          an image or a sound that cannot be read
     ├── MessageError (ValueError)        messages that are not a conversation
+    ├── DatasetError (ValueError)        data that cannot be learnt from
+    ├── TrainingError                    a training that cannot begin or go on
     ├── ConversationError                a conversation that is unknown or busy
     ├── ContextLimitError                the prompt does not fit the model or the KV limit
     ├── WireError (ValueError)           JSON of the engine protocol that is not what it should be
@@ -61,6 +63,14 @@ class MediaError(LabError, ValueError):
 
 class MessageError(LabError, ValueError):
     """Messages that are not a conversation."""
+
+
+class DatasetError(LabError, ValueError):
+    """Data that cannot be learnt from."""
+
+
+class TrainingError(LabError):
+    """A training that cannot begin, or cannot go on."""
 
 
 class ConversationError(LabError):

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -45,6 +45,10 @@ from autoglm_lab.models.original import Original
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 
+if TYPE_CHECKING:
+    from autoglm_lab.training.run import TrainingRun
+    from autoglm_lab.training.tuner import Tuner
+
 _open: weakref.WeakSet[Workbench] = weakref.WeakSet()
 
 
@@ -72,7 +76,8 @@ class Workbench(EngineBench):
         self._outline: Outline | None = None
         self._original = Original(resolved.model)
         resolved.model.eval()
-        book = LedgerBook(accelerator)
+        self._book = book = LedgerBook(accelerator)
+        self._tuner: Tuner | None = None
         started = time.monotonic()
         self.sampler = Sampler(_weakly(self))
         check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
@@ -124,6 +129,50 @@ class Workbench(EngineBench):
         for other in open_workbenches():
             state.event("note", f"another workbench of this process, '{other.name}', is open: close() frees it")
         _open.add(self)
+
+    def finetune(
+        self,
+        dataset: Any,
+        *,
+        method: Literal["lora", "full"] = "lora",
+        strict: bool = False,
+        watch: Callable[[TrainingRun], None] | None = None,
+        **settings: Any,
+    ) -> TrainingRun:
+        """Fine-tune the model inside the budget. Returns at once; ``result()`` or ``await`` waits for the end.
+
+        The memory that it takes stands in ``policy.training``. Turns wait until it is over, and then the model answers
+        with what it has learnt; ``wb.tuner`` switches, merges, saves and loads adapters. Needs the extra ``train``.
+
+        Args:
+            dataset: a JSONL file of dialogues (see `training.dataset`), or their objects.
+            method: ``lora``: low-rank adapters on the decoder; ``full``: the weights of ``modules`` themselves.
+            strict: a bad line of the data is an error; else it is left out and named in ``run.problems``.
+            watch: called after each step, on the engine's thread: it must not wait.
+            settings: of `training.course.Course`: ``rank``, ``steps``, ``epochs``, ``learning_rate``, ``out``,
+                ``resume`` …
+
+        Raises:
+            DatasetError: the data cannot be learnt from.
+            TrainingError: another training has the model, or a setting cannot be.
+        """
+        from autoglm_lab.training.course import course_of
+
+        return self.tuner.begin(dataset, course_of(method=method, **settings), strict=strict, watch=watch)
+
+    @property
+    def tuner(self) -> Tuner:
+        """Training and adapters: what was learnt, switched on and off, merged, saved, loaded."""
+        if self._tuner is None:
+            from autoglm_lab.training.tuner import Tuner
+
+            self._tuner = Tuner(self.engine, self._book)
+        return self._tuner
+
+    @property
+    def training(self) -> TrainingRun | None:
+        """The training under way, or the last one."""
+        return None if self._tuner is None else self._tuner.run
 
     # memory
 

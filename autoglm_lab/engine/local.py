@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from autoglm_lab.engine.errands import Errands
 from autoglm_lab.engine.live import LiveSound
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
+from autoglm_lab.engine.occupation import Job, Occupation
 from autoglm_lab.engine.policy_change import PolicyChange
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
 from autoglm_lab.engine.recovery import evict
@@ -53,6 +54,7 @@ class LocalEngine:
         self._state, self._book, self._capabilities = state, book, capabilities
         self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._turns = TurnQueue(state, self._after)
+        self._occupation = Occupation(self._inbox, self._turns)
         self._answers = 0
         self._ticked = 0.0
         self._closed = False
@@ -225,6 +227,18 @@ class LocalEngine:
 
         self._call(run)
 
+    def occupy(self, job: Job) -> Future[Any]:
+        """Let ``job`` have the model, on the engine's thread, once no turn is under way; turns wait until it is over.
+
+        Args:
+            job: given a function to call between its steps, which does what was asked of the engine meanwhile and
+                answers False when the engine is being closed.
+
+        Raises:
+            TrainingError: another job has the model.
+        """
+        return self._call(lambda: self._occupation.ask(job))
+
     def stop(self) -> None:
         """Cancel every turn, waiting ones too. Returns at once."""
         self._post(self._turns.cancel)
@@ -279,6 +293,7 @@ class LocalEngine:
     def work(self) -> None:
         """One round of the turns under way, and what is due."""
         self._errands.mark()
+        self._occupation.begin()
         self._turns.round()
         now = time.monotonic()
         if now - self._ticked >= _TICK:
@@ -287,10 +302,11 @@ class LocalEngine:
 
     @property
     def has_work(self) -> bool:
-        return self._turns.any
+        return self._turns.any or self._occupation.any
 
     def finish(self) -> None:
         """Cancel every turn and let it end, so that nobody waits for ever."""
+        self._occupation.refuse(EngineClosedError("this workbench was closed before the training began"))
         while self.has_work:
             self._turns.cancel()
             self.work()

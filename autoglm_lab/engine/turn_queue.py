@@ -42,6 +42,18 @@ class TurnQueue:
         """Whether a turn waits or is under way."""
         return bool(self._active or self._waiting)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a turn has begun and not ended."""
+        return bool(self._active)
+
+    def withdraw_cancelled(self) -> None:
+        """Let waiting turns that were cancelled end, beginning none."""
+        for run in tuple(self._waiting):
+            if run.cancelled:
+                self._waiting.remove(run)
+                run.withdraw()
+
     def add(self, run: TurnRun) -> None:
         self._waiting.append(run)
 

@@ -1,0 +1,83 @@
+"""What is learnt, and how: everything about a training but its memory, which the policy holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from autoglm_lab.errors import TrainingError
+
+Method = Literal["lora", "full"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is learnt and how, memory apart.
+
+    Attributes:
+        method: ``lora``: low-rank adapters; ``full``: the weights of ``modules`` themselves.
+        name: of the adapter.
+        rank, alpha: of the adapter; it is scaled by alpha / rank.
+        targets: linear layers with an adapter; None: all of the decoder.
+        modules: that learn with ``full``.
+        steps: of the optimiser; None: ``epochs`` times through the data.
+        epochs: see ``steps``.
+        learning_rate: at its highest, after ``warm_up`` steps; then it falls to 0 along a cosine.
+        all_answers: learn every answer of a dialogue, not only the last.
+        max_tokens: of a dialogue; longer ones are left out.
+        save_every: steps between two checkpoints; None: at the end alone.
+        out: folder of the checkpoints; None: a temporary one.
+        resume: go on from the last whole checkpoint of ``out``.
+        seed: of the order of the data and of the adapter's first values.
+    """
+
+    method: Method = "lora"
+    name: str = "default"
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] | None = None
+    modules: tuple[str, ...] = ("text",)
+    steps: int | None = None
+    epochs: float = 1.0
+    learning_rate: float = 1e-3
+    warm_up: int = 10
+    all_answers: bool = False
+    max_tokens: int | None = None
+    save_every: int | None = None
+    out: Path | None = None
+    resume: bool = False
+    seed: int = 0
+
+    def total_steps(self, dialogues: int, batch: int) -> int:
+        return self.steps or max(1, round(self.epochs * -(-dialogues // batch)))
+
+
+def course_of(**settings: Any) -> Course:
+    """A course from its settings.
+
+    Raises:
+        TrainingError: there is no such setting, or its value cannot be.
+    """
+    known = [field.name for field in fields(Course)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise TrainingError(f"there is no setting '{unknown[0]}' of a training; there are {', '.join(known)}")
+    for name in ("targets", "modules"):
+        if isinstance(settings.get(name), list):
+            settings[name] = tuple(settings[name])
+    if isinstance(settings.get("out"), str):
+        settings["out"] = Path(settings["out"])
+    course = Course(**settings)
+    for name in ("rank", "alpha", "epochs", "learning_rate"):
+        if not getattr(course, name) > 0:
+            raise TrainingError(f"{name} must be more than 0 (got {getattr(course, name)!r})")
+    for name in ("steps", "save_every", "max_tokens"):
+        value = getattr(course, name)
+        if value is not None and value < 1:
+            raise TrainingError(f"{name} must be at least 1 (got {value!r})")
+    if course.method not in ("lora", "full"):
+        raise TrainingError(f"there is no method '{course.method}': use 'lora' or 'full'")
+    if course.resume and course.out is None:
+        raise TrainingError("resume needs the folder that holds the checkpoints: give out=")
+    return course

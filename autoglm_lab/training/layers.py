@@ -1,0 +1,197 @@
+"""What each decoder layer keeps for the backward pass: everything or its input alone, on the device or on the host."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoglm_lab.models.lean_layers import decoder_of
+from autoglm_lab.training.activation_store import LEAST_BYTES, ActivationStore
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What one layer keeps.
+
+    Attributes:
+        recompute: keep the input alone, and run the layer again in the backward pass.
+        on_host: what is kept waits in host memory.
+    """
+
+    recompute: bool = False
+    on_host: bool = False
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder's layers in order; empty where there is no list of them."""
+    decoder = decoder_of(model)
+    lists = [child for child in decoder.modules() if isinstance(child, nn.ModuleList) and len(child) > 1]
+    whole = [one for one in lists if not any(other is not one and _holds(other, one) for other in lists)]
+    longest = max(whole, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
+    return [] if longest is None else list(longest)
+
+
+def spread(count: int, share: float) -> frozenset[int]:
+    """``share`` of ``count`` layers, evenly from the first on; so that copies have all of the pass to hide in."""
+    wanted = round(count * share)
+    return frozenset(number * count // wanted for number in range(wanted))
+
+
+def keepings(count: int, recompute: frozenset[int], offload: float) -> tuple[Keeping, ...]:
+    """What each of ``count`` layers keeps.
+
+    Args:
+        recompute: layers that keep their input alone.
+        offload: share, 0 to 1, of what is kept that waits on the host: of the layers that are not recomputed where
+            there are any, else of the inputs.
+    """
+    kept = [index for index in range(count) if index not in recompute] or list(range(count))
+    on_host = {kept[number] for number in spread(len(kept), offload)}
+    return tuple(Keeping(index in recompute, index in on_host) for index in range(count))
+
+
+def recomputed(count: int, checkpointing: str, every: int) -> frozenset[int]:
+    """Which of ``count`` layers ``none``, ``every-k`` or ``every-layer`` computes again in the backward pass."""
+    if checkpointing == "every-layer":
+        return frozenset(range(count))
+    return frozenset(range(0, count, every)) if checkpointing == "every-k" else frozenset()
+
+
+class Layers:
+    """Lets decoder layers keep what they are told to, while `active`.
+
+    Args:
+        model: its decoder's layers are called with hidden states first.
+        least: bytes; what is smaller stays on the device.
+    """
+
+    def __init__(self, model: Any, *, least: int = LEAST_BYTES) -> None:
+        self.modules = decoder_layers(model)
+        self._store = ActivationStore(next(model.parameters()).device, least=least)
+        self._store.ignoring(model.parameters())
+        self.keepings: tuple[Keeping, ...] = tuple(Keeping() for _ in self.modules)
+
+    @property
+    def store(self) -> ActivationStore:
+        return self._store
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """One forward and backward pass as told."""
+        self._store.begin_step()
+        changed = []
+        for index, (module, keeping) in enumerate(zip(self.modules, self.keepings, strict=True)):
+            forward = self._forward(index, module, keeping)
+            if forward is not None:
+                module.__dict__["forward"] = forward
+                changed.append(module)
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.__dict__.pop("forward", None)
+
+    def _forward(self, index: int, module: nn.Module, keeping: Keeping) -> Callable[..., Any] | None:
+        plain: Callable[..., Any] = type(module).forward.__get__(module)
+        if keeping.recompute:
+            put = self._store.put if keeping.on_host else None
+            chance = any(isinstance(one, nn.Dropout) and one.p and one.training for one in module.modules())
+
+            def again(hidden: Tensor, *rest: Any, **named: Any) -> Any:
+                if not torch.is_grad_enabled():
+                    return plain(hidden, *rest, **named)
+                call = _Call(index, plain, rest, named, put, chance)
+                return _Recomputed.apply(call, hidden, _anchor(hidden))  # type: ignore[no-untyped-call]
+
+            return again
+        if keeping.on_host:
+
+            def offloaded(hidden: Tensor, *rest: Any, **named: Any) -> Any:
+                with self._store.hooks(index):
+                    return plain(hidden, *rest, **named)
+
+            return offloaded
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of a layer, to be made again."""
+
+    index: int
+    run: Callable[..., Any]
+    rest: Sequence[Any]
+    named: dict[str, Any]
+    put: Callable[[int, Tensor], Callable[[], Tensor]] | None
+    chance: bool
+
+
+class _Recomputed(torch.autograd.Function):
+    """A layer that keeps its input alone. The gradients of its parameters are added while it runs again."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, hidden: Tensor, anchor: Tensor) -> Any:
+        del anchor
+        ctx.call, ctx.needs = call, hidden.requires_grad
+        ctx.autocast = _autocast(hidden.device.type)
+        ctx.random = _random_state(hidden.device) if call.chance else None
+        ctx.fetch = None
+        if call.put is not None:
+            ctx.fetch = call.put(call.index, hidden)
+        else:
+            ctx.save_for_backward(hidden)
+        return call.run(hidden, *call.rest, **call.named)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.fetch() if ctx.fetch is not None else ctx.saved_tensors[0]
+        hidden = kept.detach().requires_grad_(ctx.needs)
+        call: _Call = ctx.call
+        with torch.enable_grad(), ctx.autocast(), _with_random_state(hidden.device, ctx.random):
+            output = call.run(hidden, *call.rest, **call.named)
+        outputs = output if isinstance(output, tuple) else (output,)
+        pairs = [(one, slope) for one, slope in zip(outputs, slopes, strict=False) if _counts(one, slope)]
+        if pairs:
+            torch.autograd.backward([one for one, _ in pairs], [slope for _, slope in pairs])
+        return None, hidden.grad, None
+
+
+def _counts(output: Any, slope: Tensor | None) -> bool:
+    return isinstance(output, Tensor) and output.requires_grad and slope is not None
+
+
+def _anchor(hidden: Tensor) -> Tensor:
+    """Something that asks for a gradient: the first layer's input does not where the embeddings are frozen."""
+    return torch.zeros((), device=hidden.device, requires_grad=True)
+
+
+def _autocast(kind: str) -> Callable[[], Any]:
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _with_random_state(device: torch.device, state: tuple[Tensor, Tensor | None] | None) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+def _holds(one: nn.Module, other: nn.Module) -> bool:
+    return any(child is other for child in one.modules())

@@ -1,0 +1,88 @@
+"""One step of training: forward and backward over its dialogues, cut so that it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoglm_lab.training.chunked_loss import IGNORED, next_token_loss
+from autoglm_lab.training.examples import Example, Examples
+from autoglm_lab.training.layers import Layers
+from autoglm_lab.training.settings import StepSettings
+
+Marker = Callable[[str], None]
+
+
+class Step:
+    """Adds the gradients of some dialogues to the weights that learn.
+
+    However the dialogues are cut into micro-batches, the loss is the mean over all of their labels.
+
+    Args:
+        examples: makes the model's inputs.
+        settings: to begin with.
+        mark: told ``forward`` and ``backward`` as they begin.
+    """
+
+    def __init__(self, model: Any, examples: Examples, settings: StepSettings, mark: Marker | None = None) -> None:
+        self._model, self._examples = model, examples
+        self._mark: Marker = mark or (lambda _: None)
+        self.layers = Layers(model)
+        self.settings = settings
+        self._core = _core(model)
+        self._device = next(model.parameters()).device
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        self._half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+    def run(self, dialogues: Sequence[Example]) -> Tensor:
+        """Forward and backward over ``dialogues``; the mean loss of their labels, detached."""
+        self.layers.keepings = self.settings.keepings
+        count = sum(one.targets for one in dialogues)
+        total = torch.zeros((), device=self._device)
+        # Those of like length together: less padding.
+        order = sorted(dialogues, key=len, reverse=True)
+        size = self.settings.micro_batch
+        for start in range(0, len(order), size):
+            with self.layers.active():
+                self._mark("forward")
+                loss = self.loss(self._examples.batch(order[start : start + size], self._device), count)
+                self._mark("backward")
+                loss.backward()
+            total += loss.detach()
+            del loss
+        return total
+
+    def loss(self, batch: Mapping[str, Any], count: int) -> Tensor:
+        """The summed loss of one micro-batch's labels over ``count``."""
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        labels = batch["labels"]
+        half = torch.autocast(self._device.type, self._half) if self._half is not None else contextlib.nullcontext()
+        with half:
+            if self._core is not None:
+                base, head = self._core
+                hidden = base(**given, use_cache=False, return_dict=True).last_hidden_state
+            else:
+                logits = self._model(**given, use_cache=False, return_dict=True).logits
+        if self._core is not None:
+            return next_token_loss(hidden, labels, head, chunk=self.settings.loss_chunk, count=count)
+        flat = logits[:, :-1].flatten(0, 1).float()
+        return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / max(count, 1)
+
+
+def _core(model: Any) -> tuple[nn.Module, nn.Linear] | None:
+    """The model without its head, and the head, where that is all that is between them."""
+    base = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    text = model.config.get_text_config()
+    extras = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
+    plain = not any(getattr(text, name, None) for name in extras)
+    if not isinstance(base, nn.Module) or type(head) is not nn.Linear or not plain:
+        return None
+    takes = inspect.signature(type(base).forward).parameters
+    return (base, head) if "input_ids" in takes else None
