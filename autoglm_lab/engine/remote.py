@@ -7,19 +7,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, TypeVar, cast
-
-import httpx
+from typing import Any, Final, Literal
 
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, media, read_messages
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
 from autoglm_lab.engine.remote_history import History, WireMessage, wire_message
-from autoglm_lab.engine.remote_link import CONNECT_SECONDS, AdminOnlyError, Link, in_path
+from autoglm_lab.engine.remote_link import AdminOnlyError, Link
 from autoglm_lab.engine.remote_loop import Loop
+from autoglm_lab.engine.remote_memory import Recent, ServerMemory
 from autoglm_lab.engine.remote_peer import Peer
 from autoglm_lab.engine.service_load import ServiceLoad
-from autoglm_lab.engine.wire import from_wire, to_wire
 from autoglm_lab.errors import (
     ConversationError,
     EndpointError,
@@ -37,9 +35,6 @@ from autoglm_lab.memory.plan import Plan
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
-Result = TypeVar("Result")
-FRESH_SECONDS: Final = 0.4
-"""How old what a server of ours said may be when it is shown again."""
 RETRIES: Final = 2
 """How often a question that was not taken is asked again."""
 _TURN_PARTS: Final = frozenset({"generation", "history"})
@@ -63,7 +58,8 @@ class RemoteEngine:
         self._policy = MemoryPolicy()
         self._histories: dict[str, History] = {}
         self._gates: dict[str, asyncio.Lock] = {}
-        self._fresh: dict[str, tuple[float, Any]] = {}
+        self._recent = Recent()
+        self._memory = ServerMemory(link, self._recent)
         self._lock = threading.Lock()
         self._listeners: tuple[TurnListener, ...] = ()
         self._running: dict[Turn, Any] = {}
@@ -90,9 +86,8 @@ class RemoteEngine:
     @property
     def policy(self) -> MemoryPolicy:
         """The server's, where it is ours; else what this side asks with."""
-        if not self.ours:
-            return self._policy
-        return self._seen("policy", lambda: from_wire(MemoryPolicy, self._ask("GET", "/v1/memory/policy")))
+        self._check_open()
+        return self._memory.policy() if self.ours else self._policy
 
     @property
     def phase(self) -> str:
@@ -115,22 +110,20 @@ class RemoteEngine:
         """How busy the server is; None: it does not tell, or is ours, whose ledger tells more."""
         if self.ours:
             return None
-        return self._seen("load", lambda: self._peer.load(self._link))
+        self._check_open()
+        return self._recent.get("load", lambda: self._peer.load(self._link))
 
     @property
     def pages(self) -> tuple[PageFormat | None, int]:
         """How keys and values lie in the pages of a server of ours, and the bytes of one; None and 0: not told."""
-        if not self.ours:
-            return None, 0
-        told = self._seen("capabilities", lambda: self._ask("GET", "/v1/memory/capabilities"))
-        form = told.get("pages")
-        return (None, 0) if form is None else (from_wire(PageFormat, form), int(told.get("page_bytes") or 0))
+        self._check_open()
+        return self._memory.pages() if self.ours else (None, 0)
 
     def ledger(self) -> Ledger:
         """Who owns which bytes. Of a server that is not ours nobody knows: it has no total, and rows without bytes."""
         self._check_open()
         if self.ours:
-            ledger = from_wire(Ledger, self._ask("GET", "/v1/memory"))
+            ledger = self._memory.ledger()
             self.seen(ledger)
             return ledger
         name, load = self._peer.dialect.name, self.load
@@ -144,15 +137,14 @@ class RemoteEngine:
         self._latest_phase = ledger.phase
 
     def modules(self) -> tuple[ModuleInfo, ...]:
-        if not self.ours:
-            return ()
-        return self._seen("modules", lambda: from_wire(tuple[ModuleInfo, ...], self._ask("GET", "/v1/memory/modules")))
+        self._check_open()
+        return self._memory.modules() if self.ours else ()
 
     def conversations(self) -> tuple[ConversationInfo, ...]:
         """Those begun here; of a server of ours all that it keeps."""
+        self._check_open()
         if self.ours:
-            path = "/v1/memory/conversations"
-            return self._seen("conversations", lambda: from_wire(tuple[ConversationInfo, ...], self._ask("GET", path)))
+            return self._memory.conversations()
         with self._lock:
             return tuple(history.info(name) for name, history in self._histories.items())
 
@@ -184,13 +176,11 @@ class RemoteEngine:
         with self._lock:
             history = self._histories.setdefault(conversation, History())
             history.busy += 1
-        strip = self._policy_now().history.media
+        kept = "resend" if replace else self.policy.history.media
         job = self._job(turn)
         self._running[turn] = job
-        if replace:
-            strip = "resend"
         turn.run = job
-        self._loop.run(self._answer(job, history, new, strip, request, replace=replace))
+        self._loop.run(self._answer(job, history, new, kept, request, replace=replace))
         for listener in self._listeners:
             listener(turn, read)
         return turn
@@ -212,18 +202,16 @@ class RemoteEngine:
             EndpointError: the server is not there, or asks for its admin key.
         """
         self._check_open()
-        changes = difference(self._policy_now(), policy)
-        if not self.ours:
-            foreign = sorted(set(changes) - _TURN_PARTS)
-            if foreign:
-                name = self._peer.dialect.name
-                raise PolicyError(
-                    f"the memory of {name} is not set from here: {', '.join(foreign)} cannot be changed, "
-                    f"{', '.join(sorted(_TURN_PARTS))} can"
-                )
-            self._policy = policy
-        elif changes:
-            self._change("PATCH", "/v1/memory/policy", changes)
+        if self.ours:
+            self._memory.set_policy(policy)
+            return
+        foreign = sorted(set(difference(self._policy, policy)) - _TURN_PARTS)
+        if foreign:
+            raise PolicyError(
+                f"the memory of {self._peer.dialect.name} is not set from here: {', '.join(foreign)} cannot be "
+                f"changed, {', '.join(sorted(_TURN_PARTS))} can"
+            )
+        self._policy = policy
 
     def park(self, module: str, place: Literal["auto", "host", "disk"] = "auto") -> Move:
         """Move a module of the server off its device. Waits for the end.
@@ -232,24 +220,22 @@ class RemoteEngine:
             ModuleError: there is no such module, or the server is not ours.
         """
         self._known(module)
-        return self._moved(f"/v1/memory/modules/{in_path(module)}/park", {"place": place})
+        return self._memory.park(module, place)
 
     def wake(self, module: str) -> Move:
         """Move a module of the server onto its device. Waits for the end."""
         self._known(module)
-        return self._moved(f"/v1/memory/modules/{in_path(module)}/wake", None)
+        return self._memory.wake(module)
 
     def reclaim(self) -> Event:
         """Let the server give unused memory back."""
         self._need_ours("give memory back")
-        return from_wire(Event, self._change("POST", "/v1/memory/reclaim", None))
+        return self._memory.reclaim()
 
     def plan(self, policy: MemoryPolicy | None, workload: Workload, *, search: bool) -> Plan:
         """What a workload needs on the server's device."""
         self._need_ours("plan")
-        wanted = None if policy is None else to_wire(difference(self.policy, policy))
-        body = {"policy": wanted, "workload": to_wire(workload), "search": search}
-        return from_wire(Plan, self._ask("POST", "/v1/memory/plan", body))
+        return self._memory.plan(policy, workload, search=search)
 
     def drop(self, conversation: str) -> None:
         """Forget a conversation, here and on a server of ours.
@@ -262,7 +248,7 @@ class RemoteEngine:
             if history is not None and history.busy:
                 raise ConversationError(f"conversation '{conversation}' has a turn under way: stop it first")
         if self.ours and any(info.name == conversation for info in self.conversations()):
-            self._change("DELETE", f"/v1/memory/conversations/{in_path(conversation)}", None)
+            self._memory.drop(conversation)
         elif history is None:
             names = ", ".join(info.name for info in self.conversations()) or "none"
             raise ConversationError(f"there is no conversation '{conversation}'; there are: {names}")
@@ -349,7 +335,7 @@ class RemoteEngine:
             if not (history.busy or history.messages):
                 self._histories = {name: one for name, one in self._histories.items() if one is not history}
         self._running.pop(turn, None)
-        self._fresh.clear()
+        self._recent.forget()
 
     def _cancel(self, turn: Turn) -> None:
         job = turn.run
@@ -364,27 +350,19 @@ class RemoteEngine:
     def _talker(self) -> Any:
         with self._lock:
             if self._chat is None:
-                from autoglm_lab.engine.remote_chat import EndpointChat
+                from autoglm_lab.engine.remote_chat import endpoint_chat
 
-                timeout = httpx.Timeout(self._timeout, connect=CONNECT_SECONDS)
-                client = httpx.AsyncClient(timeout=timeout, trust_env=self._link.trust_env)
-                self._loop.at_end(client.aclose)
-                self._chat = EndpointChat(
-                    model=self._peer.model,
-                    base_url=self._link.url,
-                    api_key=self._link.api_key,
-                    max_retries=RETRIES,
-                    timeout=timeout,
-                    stream_chunk_timeout=self._timeout,
-                    stream_usage=self._peer.dialect.stream_options,
-                    http_async_client=client,
-                    http_client=self._link.client,
+                peer = self._peer
+                counted = peer.dialect.stream_options
+                self._chat, client = endpoint_chat(
+                    self._link, peer.model, timeout=self._timeout, retries=RETRIES, counted=counted
                 )
+                self._loop.at_end(client.aclose)
             return self._chat
 
     def _request(self, options: Mapping[str, Any], conversation: str) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if value is not None}
-        settings = self._policy_now().replace(generation=given).generation
+        settings = self.policy.replace(generation=given).generation
         # A server of ours has the policy; another one is told all of it.
         wanted = given if self.ours else settings.model_dump()
         dialect = self._peer.dialect
@@ -405,31 +383,6 @@ class RemoteEngine:
                 raise MessageError(f"{self._peer.model} takes {', '.join(takes)}: leave the {name} out")
 
     # asking the server
-
-    def _policy_now(self) -> MemoryPolicy:
-        return self.policy
-
-    def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        self._check_open()
-        return self._link.ask(method, path, body)
-
-    def _change(self, method: str, path: str, body: Any) -> Any:
-        try:
-            return self._ask(method, path, body)
-        finally:
-            self._fresh.clear()
-
-    def _moved(self, path: str, body: Any) -> Move:
-        return Move.ended(from_wire(Event, self._change("POST", path, body)))
-
-    def _seen(self, key: str, read: Callable[[], Result]) -> Result:
-        """What was read a moment ago, or is read now."""
-        self._check_open()
-        at, value = self._fresh.get(key, (0.0, None))
-        if time.monotonic() - at > FRESH_SECONDS or not at:
-            value = read()
-            self._fresh[key] = (time.monotonic(), value)
-        return cast("Result", value)
 
     def _known(self, module: str) -> None:
         self._need_ours("move modules")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import httpx
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_openai import ChatOpenAI
+from pydantic import SecretStr
 
+from autoglm_lab.engine.remote_link import CONNECT_SECONDS, Link
 from autoglm_lab.engine.wire import EXTENSION
 
 REASONING = "reasoning_content"
@@ -44,6 +47,31 @@ class EndpointChat(ChatOpenAI):
             choices: list[Any] = chunk.get("choices") or [{}]
             _keep(generation.message, choices[0].get("delta"), chunk)
         return generation
+
+
+def endpoint_chat(
+    link: Link, model: str, *, timeout: float, retries: int, counted: bool
+) -> tuple[EndpointChat, httpx.AsyncClient]:
+    """Who asks an endpoint, and the client that has to be closed in the loop that it was used in.
+
+    Args:
+        timeout: seconds without a word after which an answer counts as broken off.
+        counted: whether the tokens of a streamed answer have to be asked for.
+    """
+    waits = httpx.Timeout(timeout, connect=CONNECT_SECONDS)
+    client = httpx.AsyncClient(timeout=waits, trust_env=link.trust_env)
+    chat = EndpointChat(
+        model=model,
+        base_url=link.url,
+        api_key=SecretStr(link.api_key),
+        max_retries=retries,
+        timeout=waits,
+        stream_chunk_timeout=timeout,
+        stream_usage=counted,
+        http_async_client=client,
+        http_client=link.client,
+    )
+    return chat, client
 
 
 def _keep(message: Any, said: Any, whole: Mapping[str, Any]) -> None:
