@@ -44,6 +44,14 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="Most requests that wait; beyond that: 429.")] = 128,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that answers may go on after a stop.")] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Also log what is asked.")] = False,
+    engine: Annotated[str, typer.Option(help="local, or vllm: run it with the same settings.")] = "local",
+    only_print: Annotated[bool, typer.Option("--print", help="vllm: only print its command.")] = False,
+    form: Annotated[
+        str, typer.Option("--as", metavar="FORM", help="vllm: print a command, or files for ray or kubernetes.")
+    ] = "command",
+    images: Annotated[int, typer.Option(min=0, help="vllm: most images of one request.")] = 4,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="vllm: GPUs that share the model.")] = 1,
+    data_parallel: Annotated[int, typer.Option(min=1, help="vllm: copies of the model.")] = 1,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it. Ctrl-C or SIGTERM stops it when its answers have ended."""
     given: dict[str, Any] = {
@@ -67,6 +75,13 @@ def serve(
         from autoglm_lab.policy import MemoryPolicy
 
         policy = MemoryPolicy.from_yaml(Path(policy_file))
+    if engine != "local" or only_print:
+        from autoglm_lab.scale_out_command import scale_out
+
+        more = {"images": images, "tensor_parallel": tensor_parallel, "data_parallel": data_parallel}
+        where = {"name": (names or [model])[0], "host": host, "port": port, "running": running, **more}
+        scale_out(engine, model, policy, budget, device, api_key, form if only_print else "run", where)
+        return
     from autoglm_lab.server.settings import check_settings
 
     check_settings(**given)  # before minutes are spent on loading

@@ -30,7 +30,7 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"engine_bench", "remote_workbench", "workbench"}, True),
     ({"opening", "serving"}, True),
     ({"bench"}, True),
-    ({"cli", "demo", "doctor", "gpus", "magic", "serve_command"}, True),
+    ({"cli", "demo", "doctor", "finetune_command", "gpus", "magic", "scale_out_command", "serve_command"}, True),
 )
 
 
