@@ -22,6 +22,7 @@ CATALOG: dict[str, str] = {
     "trace": "20 steps of a phone agent",
     "layers": "decoding with parts of the layers on the host",
     "ledger": "the ledger against the driver's own count, and what sampling costs",
+    "serve": "the service under load: many clients, beside one",
     "soak": "300 random requests under a budget",
 }
 """What each bench measures, by name; its code is ``bench/<name>.py``."""

@@ -1,0 +1,227 @@
+"""Clients of a service, in a process of their own: ``python -m autoglm_lab.bench.service_clients`` with a job on stdin.
+
+The job and what came of it are JSON. Nothing of the model is imported here: what is measured is what a client sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+
+_RETRIES = 200
+
+
+@dataclass
+class Tally:
+    """What clients saw.
+
+    Attributes:
+        right, wrong: answers equal to those given to one client alone, and others.
+        failed: requests without an answer, by why.
+        retried: times that a client was told to come back.
+        tokens: written in all answers.
+        first: seconds to the first piece of each answer, retries left out.
+        seconds: from the first request to the last answer.
+        others: what became of clients that vanish or send garbage, by kind and status.
+    """
+
+    right: int = 0
+    wrong: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    retried: int = 0
+    tokens: int = 0
+    first: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    others: dict[str, int] = field(default_factory=dict)
+
+    def note(self, where: dict[str, int], what: str) -> None:
+        where[what] = where.get(what, 0) + 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One streamed answer. ``first``: seconds to its first piece; ``cached``: tokens of the prompt that were reused."""
+
+    text: str
+    tokens: int
+    first: float
+    cached: int
+
+
+async def ask(client: httpx.AsyncClient, body: dict[str, Any], tally: Tally) -> Piece | None:
+    """One answer, streamed; comes back as often as it is told to. None: there was none, which is noted."""
+    for _ in range(_RETRIES):
+        began, first, text, usage = time.perf_counter(), 0.0, "", {}
+        try:
+            async with client.stream("POST", "chat/completions", json={**body, "stream": True}) as response:
+                if response.status_code == 429:
+                    tally.retried += 1
+                    await asyncio.sleep(float(response.headers["retry-after"]))
+                    continue
+                if response.status_code != 200:
+                    tally.note(tally.failed, f"status {response.status_code}")
+                    return None
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    chunk = json.loads(line.removeprefix("data: "))
+                    if "error" in chunk:
+                        tally.note(tally.failed, str(chunk["error"].get("code")))
+                        return None
+                    piece = "".join(one["delta"].get("content") or "" for one in chunk["choices"])
+                    first = first or (time.perf_counter() - began if piece else 0.0)
+                    text += piece
+                    usage = chunk.get("usage") or usage
+        except httpx.HTTPError as error:
+            tally.note(tally.failed, type(error).__name__)
+            return None
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return Piece(text, usage.get("completion_tokens", 0), first, cached)
+    tally.note(tally.failed, "told to come back too often")
+    return None
+
+
+async def load(url: str, bodies: list[dict[str, Any]], clients: int, requests: int, seed: int) -> Tally:
+    """Each body once alone, then ``clients`` that ask ``requests`` of them each, in an order of their own."""
+    tally = Tally()
+    async with _client(url, clients) as client:
+        alone = [await ask(client, body, tally) for body in bodies]
+        began = time.perf_counter()
+
+        async def one(number: int) -> None:
+            chance = random.Random(seed + number)
+            for _ in range(requests):
+                index = chance.randrange(len(bodies))
+                piece = await ask(client, bodies[index], tally)
+                expected = alone[index]
+                if piece is None or expected is None:
+                    continue
+                tally.tokens += piece.tokens
+                tally.first.append(piece.first)
+                if piece.text == expected.text:
+                    tally.right += 1
+                else:
+                    tally.wrong += 1
+
+        await asyncio.gather(*(one(number) for number in range(clients)))
+        tally.seconds = time.perf_counter() - began
+    return tally
+
+
+async def soak(url: str, bodies: list[dict[str, Any]], clients: int, seconds: float, seed: int) -> Tally:
+    """Clients that ask, vanish in mid-stream, send garbage and go over limits, for so long."""
+    tally, end = Tally(), time.monotonic() + seconds
+    async with _client(url, clients) as client:
+        alone = [await ask(client, body, tally) for body in bodies]
+
+        async def one(number: int) -> None:
+            chance = random.Random(seed + number)
+            while time.monotonic() < end:
+                kind = chance.choice(["ask", "ask", "vanish", "garbage", "limit"])
+                index = chance.randrange(len(bodies))
+                if kind == "ask":
+                    piece, expected = await ask(client, bodies[index], tally), alone[index]
+                    if piece is not None and expected is not None:
+                        tally.first.append(piece.first)
+                        tally.right += piece.text == expected.text
+                        tally.wrong += piece.text != expected.text
+                elif kind == "vanish":
+                    tally.note(tally.others, await _vanish(url, bodies[index], chance.random()))
+                else:
+                    tally.note(tally.others, await _bad(client, kind, chance))
+
+        await asyncio.gather(*(one(number) for number in range(clients)))
+    tally.seconds = seconds
+    return tally
+
+
+async def turns(url: str, model: str | None, prompts: list[str], new: list[str], tokens: int) -> dict[str, list[float]]:
+    """Seconds to the first piece of a second turn: cold, warm, and warm with several chats in turn.
+
+    Args:
+        prompts: distinct long ones: the first two for cold, the next two for warm, the others are held in turn.
+        new: what the second turn says.
+        tokens: most of an answer.
+    """
+    tally, found = Tally(), dict[str, list[float]](cold=[], warm=[], held=[])
+    named = {"model": model} if model else {}
+
+    async def turn(client: httpx.AsyncClient, messages: list[dict[str, Any]]) -> Piece:
+        body = {**named, "messages": messages, "max_tokens": tokens, "temperature": 0}
+        piece = await ask(client, body, tally)
+        if piece is None:
+            raise RuntimeError(f"no answer from {url}: {tally.failed}")
+        return piece
+
+    async with _client(url, 1) as client:
+        await turn(client, [{"role": "user", "content": "warm up"}])
+        for prompt in prompts[:2]:
+            said = {"role": "assistant", "content": "Yes."}
+            messages = [{"role": "user", "content": prompt}, said, {"role": "user", "content": new[0]}]
+            found["cold"].append((await turn(client, messages)).first)
+        for kind, chats in (("warm", [[one] for one in prompts[2:4]]), ("held", [prompts[4:]])):
+            for group in chats:
+                dialogues = [[{"role": "user", "content": one}] for one in group]
+                for dialogue in dialogues:
+                    dialogue.append({"role": "assistant", "content": (await turn(client, dialogue)).text})
+                for dialogue in dialogues:
+                    found[kind].append((await turn(client, [*dialogue, {"role": "user", "content": new[0]}])).first)
+    return found
+
+
+def _client(url: str, connections: int) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections + 1)
+    return httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False)
+
+
+async def _vanish(url: str, body: dict[str, Any], share: float) -> str:
+    """Ask, read some lines, and close the connection."""
+    try:
+        async with (
+            _client(url, 1) as client,
+            client.stream("POST", "chat/completions", json={**body, "stream": True}) as response,
+        ):
+            lines = 0
+            async for _ in response.aiter_lines():
+                lines += 1
+                if lines > 20 * share:
+                    break
+    except httpx.HTTPError as error:
+        return f"vanish {type(error).__name__}"
+    return f"vanish {response.status_code}"
+
+
+async def _bad(client: httpx.AsyncClient, kind: str, chance: random.Random) -> str:
+    """Send what cannot be answered."""
+    content = chance.randbytes(2000) if kind == "garbage" else b""
+    if kind == "limit":
+        bodies: list[dict[str, Any]] = [
+            {"messages": [{"role": "user", "content": "word " * 20_000}]},
+            {"messages": [{"role": "user", "content": "Hi"}], "n": 9},
+            {"model": "none", "messages": [{"role": "user", "content": "Hi"}]},
+        ]
+        content = json.dumps(chance.choice(bodies)).encode()
+    try:
+        response = await client.post("chat/completions", content=content, headers={"content-type": "application/json"})
+    except httpx.HTTPError as error:
+        return f"{kind} {type(error).__name__}"
+    return f"{kind} {response.status_code}"
+
+
+def main() -> None:
+    """Do the job on stdin."""
+    job = json.load(sys.stdin)
+    do = {"load": load, "soak": soak, "turns": turns}[job.pop("do")]
+    done = asyncio.run(do(**job))
+    json.dump(done if isinstance(done, dict) else asdict(done), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
