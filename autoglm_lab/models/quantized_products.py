@@ -105,11 +105,11 @@ def _decoded(packed: Tensor, form: WeightFormat, first: int, end: int, dtype: to
     if not _has_kernels(packed):
         return form.decode(packed, first, end, dtype)
     result = torch.empty(end - first, form.columns, dtype=dtype, device=packed.device)
-    width = 1024 if form.precision == "int8" else form.group // 2
+    width = min(1024, 1 << (form.code_width - 1).bit_length())
     pieces = -(-form.code_width // width)
     _kernels().decode_kernel[(end - first, pieces)](
         form.codes(packed), form.scales(packed), result, first, form.columns,
-        CODE_WIDTH=form.code_width, GROUP=form.group, BITS=_bits(form), WIDTH=width, num_warps=1 if width < 256 else 4,
+        CODE_WIDTH=form.code_width, GROUP=form.group, BITS=_bits(form), WIDTH=width, num_warps=4,
     )  # fmt: skip
     return result
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Quantized = Literal["int8", "int4"]
-_GROUPS = (128, 64, 32)
+_GROUPS = (64, 32)
 _ALIGNMENT = 256
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74)
 _LEAST_SCALE = torch.finfo(torch.float32).eps
