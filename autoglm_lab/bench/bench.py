@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import platform
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -30,6 +31,8 @@ class Bench:
         minutes: how long a soak lasts; None: as many requests as it has.
         dialogues: of each task whose answers are counted; None: few in a small run, else 128.
         smollm2: a folder of SmolLM2, for its perplexity; None: without it.
+        rows: words that the names of the plan's rows hold, commas between them; None: all rows.
+        kept: where each row of the plan's bench is written as soon as it is there, a line of JSON each; None: nowhere.
         command: how this run was started, for the report.
         say: told the progress; standard error by default.
 
@@ -44,6 +47,8 @@ class Bench:
         minutes: float | None = None,
         dialogues: int | None = None,
         smollm2: Path | None = None,
+        rows: str | None = None,
+        kept: Path | None = None,
         command: str = "",
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -52,6 +57,7 @@ class Bench:
         if not self.small and self.device.type == "cpu":
             raise LabError("a full run needs a GPU, and torch sees none here: leave --full out")
         self.minutes, self.dialogues, self.smollm2 = minutes, dialogues, smollm2
+        self.rows, self._kept = rows, kept
         self._command = command
         self._say = say or _to_stderr
         self._started = time.monotonic()
@@ -90,6 +96,12 @@ class Bench:
     def say(self, text: str) -> None:
         """Tell what is under way."""
         self._say(f"[{time.monotonic() - self._started:6.1f} s] {text}")
+
+    def keep(self, entry: dict[str, Any]) -> None:
+        """Write what was measured so far to a file of its own, so that it stays when the run is ended."""
+        if self._kept is not None:
+            with self._kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def judge(self, meets: bool) -> bool | None:
         """The verdict of a figure; None in a small run, whose figures say nothing about the bars."""

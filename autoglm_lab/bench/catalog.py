@@ -18,6 +18,7 @@ CATALOG: dict[str, str] = {
     "kv": "decoding, and keys and values in fewer bytes",
     "precision": "decoding with weights in 8 and 4 bits, and what the process takes",
     "quality": "what lossy settings cost",
+    "plan": "plans against what is measured, a process a row, and budgets that they say fit or do not",
     "turns": "a new turn on what is kept of a conversation",
     "trace": "20 steps of a phone agent",
     "layers": "decoding with parts of the layers on the host",

@@ -42,6 +42,9 @@ def bench(
             metavar="FOLDER", help="SmolLM2 as safetensors with its tokenizer, for its perplexity in quality."
         ),
     ] = None,
+    rows: Annotated[
+        str | None, typer.Option(metavar="WORDS", help="Rows of plan whose names hold one of these: phone,cap")
+    ] = None,
 ) -> None:
     """Measure ours beside its peers and the limit, in one run. A bar that was missed is shown, and is no failure."""
     wanted = chosen(names)
@@ -57,8 +60,13 @@ def bench(
     options += [] if minutes is None else ["--minutes", f"{minutes:g}"]
     options += [] if dialogues is None else ["--dialogues", str(dialogues)]
     options += [] if smollm2 is None else ["--smollm2", str(smollm2)]
+    options += [] if rows is None else ["--rows", rows]
+    kept = None if json_file is None else json_file.with_suffix(".rows.jsonl")
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     command = shlex.join(["autoglm-lab", "bench", *names, *options])
-    with Bench(small=small, minutes=minutes, dialogues=dialogues, smollm2=smollm2, command=command) as session:
+    settings = {"small": small, "minutes": minutes, "dialogues": dialogues, "smollm2": smollm2, "rows": rows}
+    with Bench(**settings, kept=kept, command=command) as session:  # type: ignore[arg-type]
         for name in wanted:
             session.say(f"bench {name}: {CATALOG[name]}")
             try:

@@ -1,0 +1,156 @@
+"""``python -m autoglm_lab.bench.plan_worker``: measure one row of the plan's bench in this process alone.
+
+The row comes as JSON on standard input; what was measured goes out as the last line of standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from typing import Any
+
+from autoglm_lab.bench.plan_rows import Setting
+from autoglm_lab.bench.prompts import length, screen, text_of, user
+from autoglm_lab.errors import LabError, LoadError, OutOfMemoryError
+from autoglm_lab.memory.accelerator import Accelerator, open_accelerator
+from autoglm_lab.memory.allocator_setting import expand_segments
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.workbench import Workbench
+
+_EVERY = 0.003
+_PATIENCE = 300
+
+
+class Watcher:
+    """Samples what the process holds, in a thread of its own. Bytes.
+
+    Attributes:
+        held: the most in torch's allocator, weights and pages together.
+        rest: the most of that beside weights, once the model is loaded.
+        weights: the most of that in weights.
+        driver: the most that the driver showed beside them.
+        process: the most that the process held.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.held = self.rest = self.weights = self.driver = self.process = 0
+        self.hidden = False
+        self.bench: Workbench | None = None
+        self._accelerator = accelerator
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self.look()
+
+    def look(self) -> None:
+        """One sample; those that straddle a change are left out."""
+        before = self._accelerator.counters()
+        process = self._accelerator.reading().process
+        weights = self._weights()
+        after = self._accelerator.counters()
+        if before != after or after.moving:
+            return
+        held = after.reserved + after.slabs
+        self.held, self.weights = max(self.held, held), max(self.weights, weights)
+        if self.bench is not None:  # before that, nobody answers for the weights that come
+            self.rest = max(self.rest, held - weights)
+        if process is None:
+            self.hidden = True
+            return
+        self.process, self.driver = max(self.process, process), max(self.driver, process - held)
+
+    def _weights(self) -> int:
+        bench = self.bench
+        rows = () if bench is None else bench.engine.state.residency.holdings()
+        return sum(row.nbytes or 0 for row in rows if row.kind == "weights" and row.place == "device")
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_EVERY):
+            self.look()
+
+
+def measure(row: Setting) -> dict[str, Any]:
+    """Load the row's model, let it answer, and tell what was held; ``outcome``: ``done``, ``out of memory`` …"""
+    policy = row.policy
+    if policy.reclaim.expandable_segments:
+        expand_segments()
+    accelerator = open_accelerator()
+    watcher = Watcher(accelerator)
+    told: dict[str, Any] = {"name": row.name, "device": accelerator.name, "outcome": "done", "phases": {}}
+    try:
+        with opened(row, policy, accelerator) as bench:
+            watcher.bench = bench
+            watcher.look()
+            told["policy"] = bench.policy.to_dict()
+            told["phases"] = _ask(bench, row)
+            watcher.stop()
+    except OutOfMemoryError as error:
+        told |= {"outcome": "out of memory", "why": str(error)}
+    except LoadError as error:
+        told |= {"outcome": "nothing fits" if row.auto else "failed", "why": str(error)}
+    except LabError as error:
+        told |= {"outcome": "failed", "why": f"{type(error).__name__}: {error}"}
+    if accelerator.kind == "cpu":  # nothing is held apart from the process, and its peaks are the kernel's
+        peak = max([watcher.process, *told["phases"].values()])
+        total, rest = peak, max(0, peak - accelerator.context - watcher.weights)
+    else:
+        total, rest = watcher.held + watcher.driver, watcher.rest
+    return told | {
+        "total": total,
+        "rest": rest,
+        "driver": watcher.driver,
+        "process": watcher.process,
+        "hidden": watcher.hidden,
+        "context": accelerator.context,
+        "grown": accelerator.grown.parts,
+    }
+
+
+def opened(row: Setting, policy: MemoryPolicy, accelerator: Accelerator) -> Workbench:
+    """The row's model with made-up weights; the embedded one with its own."""
+    from autoglm_lab.bench.plan_models import FAMILIES, made_up_processor, source
+    from autoglm_lab.models.loading import resolve
+    from autoglm_lab.opening import load
+
+    weights = None if row.model == "autoglm-tiny" else "dummy"
+    if row.model not in FAMILIES:
+        given: Any = "auto" if row.auto else policy
+        budget = policy.budget if row.auto else None
+        bench = load(row.model, policy=given, budget=budget, workload=row.workload, weights=weights, dtype=row.dtype)
+        if row.auto:
+            bench.policy = bench.policy.replace(
+                reclaim=policy.reclaim.model_dump(), generation=policy.generation.model_dump()
+            )
+        return bench
+    config: Any = source(row.model, small=row.small)
+    resolved = resolve(config, weights=weights, dtype=row.dtype, device=accelerator.device)
+    resolved.processor = made_up_processor(config)
+    return Workbench(resolved, policy, accelerator=accelerator)
+
+
+def _ask(bench: Workbench, row: Setting) -> dict[str, int]:
+    """One turn in each conversation, all at the same time. Returns the peaks of the phases."""
+    images = [screen(seed, *row.image_size) for seed in range(row.images)]
+    around = length(bench, [user("x", *images)]) - 1
+    turns = [
+        bench.engine.submit(
+            [user(text_of(bench, max(1, row.context - around), seed), *images)],
+            conversation=f"row {seed}",
+            force=row.force or row.expected is None,
+        )
+        for seed in range(row.conversations)
+    ]
+    phases: dict[str, int] = {}
+    for turn in turns:
+        for phase, nbytes in turn.result(_PATIENCE).peak_bytes.items():
+            phases[phase] = max(nbytes, phases.get(phase, 0))
+    return phases
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Setting.from_dict(json.load(sys.stdin)))), flush=True)

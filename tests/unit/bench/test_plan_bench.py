@@ -1,0 +1,130 @@
+"""The plan's bench runs small: each row in a process of its own, beside its prediction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autoglm_lab.bench import plan, plan_rows
+from autoglm_lab.bench.bench import Bench
+from autoglm_lab.bench.plan import Outcome, Plans, landing
+from autoglm_lab.bench.plan_models import FAMILIES, made_up_processor
+from autoglm_lab.bench.plan_rows import GEMMA, PHONE, QWEN, Setting
+from autoglm_lab.bench.plan_worker import measure
+from autoglm_lab.memory.workload import Workload
+from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import GiB, MiB
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    torch.set_num_threads(1)
+    with Bench(small=True, rows="512 tokens", kept=tmp_path / "rows.jsonl", say=lambda _: None) as session:
+        yield session
+
+
+def outcome(row: Setting, **measured: Any) -> Outcome:
+    told = {"outcome": "done", "total": 1000, "rest": 100, "process": 900, "hidden": False}
+    return Outcome(row, 1000, 100, None, told | measured)
+
+
+def test_a_row_is_measured_in_a_process_of_its_own_and_written_at_once(bench: Bench, tmp_path: Path) -> None:
+    report = plan.run(bench)
+    (told,) = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert told["row"]["name"] == "tiny, 512 tokens"
+    assert told["measured"]["outcome"] == "done"
+    assert told["measured"]["phases"].keys() >= {"prefill", "decode"}
+    assert told["predicted"] > told["predicted_rest"] > 0
+    assert told["estimate_memory"] == pytest.approx(23.6e6, rel=0.05)
+    figure = report.figures[0]
+    assert figure.peers == {"measured": told["measured"]["total"], "estimate-memory": told["estimate_memory"]}
+    assert figure.meets is None, "a small run judges no bar"
+    assert report.figures[-1].name == "largest error of the rest"
+
+
+@pytest.mark.parametrize("words", ["qwen, narrow", "gemma, narrow"])
+def test_families_that_have_no_processor_here_answer(words: str) -> None:
+    (row,) = plan_rows.chosen(plan_rows.small(), words.split(",", maxsplit=1)[0])
+    told = measure(row)
+    assert told["outcome"] == "done"
+    assert told["phases"].keys() >= {"encode", "prefill", "decode"}
+    predicted, _ = Plans(Bench(small=True, say=lambda _: None)).of(row)
+    assert predicted["encode"].of("activations") > 0
+    assert not [note for note in predicted.notes if "could not be traced" in note]
+
+
+def test_a_budget_that_is_too_small_is_an_outcome() -> None:
+    (row,) = plan_rows.chosen(plan_rows.small(), "too small")
+    told = measure(row)
+    assert told["outcome"] == "out of memory"
+    assert outcome(row, **told).meets is True
+
+
+def test_there_are_enough_rows_and_each_has_a_name_of_its_own() -> None:
+    rows = plan_rows.accuracy()
+    assert len(rows) >= 30
+    assert len({row.name for row in rows}) == len(rows)
+    assert {row.model for row in rows} == {PHONE, "autoglm-article", QWEN, GEMMA}
+    assert all(row == Setting.from_dict(json.loads(json.dumps(row.to_dict()))) for row in rows)
+    assert [row.name for row in plan_rows.chosen(rows, "window, float16")] == [
+        "phone, 4,096 tokens, float16",
+        "phone, 8,192 tokens in a window of 4,096",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("measured", "meets"),
+    [
+        ({"total": 985}, True),
+        ({"total": 975}, False),
+        ({"total": 1009}, True),
+        ({"total": 1011}, False),
+        ({"rest": 94}, False),
+        ({"outcome": "failed"}, False),
+        ({"hidden": True}, None),
+    ],
+)
+def test_a_row_meets_its_bar_or_not(measured: dict[str, Any], meets: bool | None) -> None:
+    assert outcome(Setting("a row", PHONE, 512), **measured).meets is meets
+
+
+def test_a_budget_is_to_be_held_or_broken() -> None:
+    row = Setting("a cap", PHONE, 512, settings={"budget": 1000}, expected=True)
+    assert outcome(row).meets is True
+    assert outcome(row, process=1001).meets is False
+    assert outcome(row, outcome="out of memory").meets is False
+    above = replace(row, expected=False)
+    assert outcome(above, outcome="out of memory").meets is True
+    assert outcome(above).meets is False
+
+
+def test_prompts_land_just_below_and_above_a_cap(bench: Bench) -> None:
+    predict = Plans(bench).planner("autoglm-tiny", "auto")
+    policy = MemoryPolicy()
+
+    def needed(context: int) -> int:
+        return predict.plan(policy, Workload(context, 8), search=False).largest.needed
+
+    target = (needed(256) + needed(4000)) // 2
+    below, above = (landing(predict, policy, target, above=over) for over in (False, True))
+    assert below is not None and above is not None
+    assert needed(below) <= target < needed(above)
+    assert 0 < above - below <= 64
+    assert landing(predict, policy, 1 * MiB, above=False) is None
+    assert landing(predict, policy, 999 * GiB, above=True) is None
+
+
+@pytest.mark.parametrize(("model", "tokens"), [(QWEN, 24 * 52 + 2), (GEMMA, 256 + 2)])
+def test_an_image_takes_the_familys_tokens(model: str, tokens: int) -> None:
+    from autoglm_lab.bench.prompts import screen
+
+    processor = made_up_processor(FAMILIES[model](small=False))
+    content = [{"type": "image", "image": screen(0, 672, 1456)}, {"type": "text", "text": "hi"}]
+    batch = processor.apply_chat_template([{"role": "user", "content": content}])
+    assert batch["input_ids"].shape[1] == tokens + len("hi\n")
