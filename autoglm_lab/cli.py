@@ -1,4 +1,4 @@
-"""The command `autoglm-lab`: lab, demo, plan, serve, bench, doctor."""
+"""The command `autoglm-lab`: lab, demo, plan, serve, finetune, bench, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import typer
 from autoglm_lab import __version__
 from autoglm_lab.bench.command import bench
 from autoglm_lab.errors import LabError
+from autoglm_lab.finetune_command import finetune
 from autoglm_lab.serve_command import serve
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(bench)
 app.command()(serve)
+app.command()(finetune)
 
 
 def main() -> None:

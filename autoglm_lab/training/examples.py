@@ -99,6 +99,12 @@ class Examples:
             )
         return given | _media(examples, device)
 
+    def of_tokens(self, ids: Sequence[int]) -> Example:
+        """The example of tokens that are all learnt, each from those before it."""
+        prompt = Prompt(ids=tuple(ids[:1]), blocks=None, runs=())
+        answer = tuple(ids[1:])
+        return Example(prompt, answer, (IGNORED,), self._places(prompt, len(answer)))
+
     @torch.no_grad()
     def _encoded(self, prompt: Prompt) -> dict[str, Any] | None:
         """The encoders' outputs for a prompt by kind, on the host; None where the model itself has to run them."""

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from autoglm_lab.cli import app
+from tests.unit.training.conftest import lines
+
+
+def test_the_command_writes_checkpoints_and_an_adapter_and_names_bad_lines(tmp_path: Path) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    rows = [json.dumps(line) for line in lines(4)]
+    data.write_text("\n".join([*rows, "{}"]), encoding="utf-8")
+    (tmp_path / "policy.yaml").write_text("training: {micro_batch: 2, accumulation: 1}\n", encoding="utf-8")
+    asked = ["finetune", "autoglm-tiny", str(data), "--out", str(out), "--steps", "2", "--rank", "2", "--device", "cpu"]
+    result = CliRunner().invoke(app, [*asked, "--policy", str(tmp_path / "policy.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "done after 2 steps" in result.output
+    assert "left out: line 5: it has no list 'messages'" in result.output
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    again = CliRunner().invoke(app, asked)
+    assert again.exit_code == 1
+    assert "adapter' exists: give another folder with --out" in str(again.exception)
