@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autoglm_lab.bench.report import Report
 
 CATALOG: dict[str, str] = {
+    "load": "a folder of safetensors brought to the device",
     "swap": "a module parked and woken",
     "prefill": "reading a prompt: time, and the peak over the weights",
     "kv": "decoding, and keys and values in fewer bytes",

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import autoglm_lab as lab
-from autoglm_lab.bench import Figure, Report
+from autoglm_lab.bench import Figure, Report, load_worker
+from autoglm_lab.bench import load as load_bench
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.catalog import runner
 from autoglm_lab.bench.prefill import read
@@ -16,6 +25,10 @@ from autoglm_lab.bench.prompts import length, prompt_of, said, screen, text_of, 
 from autoglm_lab.bench.soak import slope_of
 from autoglm_lab.bench.stock import Stock
 from autoglm_lab.bench.traffic import Scale, Traffic
+from autoglm_lab.errors import LabError
+from autoglm_lab.models import catalog
+from autoglm_lab.models.anatomy import named_tensors
+from autoglm_lab.models.skeleton import model_class
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +167,61 @@ def test_a_wrong_answer_is_seen(bench: Bench) -> None:
     assert right == 1.0
     assert wrong < 1.0
     bench.reset()
+
+
+def test_loading_is_measured_in_fresh_processes_and_leaves_no_files(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    asked: list[str] = []
+
+    def here(command: list[str], **_: object) -> SimpleNamespace:
+        """The same program without a process of its own: starting one takes longer than the load."""
+        said = io.StringIO()
+        assert command[1:3] == ["-m", "autoglm_lab.bench.load_worker"]
+        asked.append(command[3])
+        with contextlib.redirect_stdout(said):
+            load_worker.main(command[3:])
+        return SimpleNamespace(returncode=0, stdout=said.getvalue(), stderr="")
+
+    asks = SimpleNamespace(run=here, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(load_bench, "subprocess", asks)
+    report = run(bench, "load")
+    assert asked == ["limits", "stock", "ours"]
+    rate = figure(report, "rate")
+    assert rate.ours > 0 and rate.peers["from_pretrained"] > 0  # type: ignore[operator]
+    assert rate.limit == pytest.approx(figure(report, "files into memory").ours)
+    assert figure(report, "until one can chat").ours > 0  # type: ignore[operator]
+    assert figure(report, "peak on the device").ours is None, "no GPU"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_made_up_weights_loads_in_transformers_and_here_alike(tmp_path: Path) -> None:
+    config = catalog.preset("autoglm-tiny").config()
+    nbytes, largest = load_bench.write_folder(tmp_path, config, 4_000_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    assert max(path.stat().st_size for path in files) - largest < 100_000
+    stock: Any = model_class(config).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert sum(one.nbytes for _, one in named_tensors(stock)) == nbytes
+    expected = stock.state_dict()
+    with lab.load(tmp_path, device="cpu", dtype="bfloat16") as wb:
+        values = wb.model.state_dict()
+        wrong = [name for name in expected if not torch.equal(values[name], expected[name])]
+        del values
+    assert wrong == []
+
+
+def test_a_load_that_fails_in_its_process_says_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nLoadError: no such folder\n")
+    asks = SimpleNamespace(run=lambda *_, **__: failed, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(load_bench, "subprocess", asks)
+    with pytest.raises(LabError, match=r"loading with stock failed:\nTraceback\nLoadError: no such folder"):
+        load_bench._process("stock", Path(), bench)
+
+
+def test_a_folder_without_room_says_so_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    with pytest.raises(LabError, match=r"has 953\.7 MiB free, the weights take .*: set TMPDIR"):
+        load_bench.write_folder(tmp_path, catalog.preset("autoglm-tiny").config(), 4_000_000)
+    assert list(tmp_path.iterdir()) == []
