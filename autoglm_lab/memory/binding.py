@@ -182,11 +182,22 @@ def _tensor_at(model: nn.Module, name: str) -> Tensor:
 
 def _guarded_submodules(model: nn.Module, tensors: set[int]) -> list[nn.Module]:
     """Every submodule that holds one of ``tensors`` directly, or holds nothing but them."""
+    held: dict[int, tuple[int, int]] = {}
+
+    def count(submodule: nn.Module) -> tuple[int, int]:
+        """Parameters within, and how many of them are ``tensors``: once for each submodule, a model has many."""
+        if id(submodule) not in held:
+            own = [id(parameter) for parameter in submodule.parameters(recurse=False)]
+            parts = [count(child) for child in submodule.children()]
+            every = len(own) + sum(part[0] for part in parts)
+            held[id(submodule)] = every, sum(one in tensors for one in own) + sum(part[1] for part in parts)
+        return held[id(submodule)]
+
     guarded = []
     for submodule in model.modules():
+        every, ours = count(submodule)
         own = [*submodule.parameters(recurse=False), *submodule.buffers(recurse=False)]
-        held = [id(parameter) for parameter in submodule.parameters()]
-        if any(id(tensor) in tensors for tensor in own) or (held and all(tensor in tensors for tensor in held)):
+        if (every and every == ours) or any(id(tensor) in tensors for tensor in own):
             guarded.append(submodule)
     return guarded
 
