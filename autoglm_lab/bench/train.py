@@ -134,14 +134,13 @@ def stock(bench: Bench, wb: Any, ids: Sequence[int], times: int, *, checkpointin
             told,
             train_dataset=[row] * (times + 2),
             data_collator=_tensors,
-            callbacks=[clock],  # type: ignore[arg-type]
+            callbacks=[clock],
         )
         try:
             trainer.train()
         finally:
             if checkpointing:
                 wb.model.gradient_checkpointing_disable()
-            trainer.model = trainer.model_wrapped = None
             model.unload()
             wb.model.eval()
             vars(wb.model).pop("peft_config", None)

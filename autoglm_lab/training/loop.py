@@ -199,7 +199,7 @@ def optimizer_of(name: str) -> tuple[Any, dict[str, Any]] | None:
     if name == "adamw":
         return None
     try:
-        from torchao.optim import AdamW8bit  # type: ignore[import-untyped]
+        from torchao.optim import AdamW8bit  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise TrainingError("training.optimizer='adamw-8bit' needs torchao: pip install torchao") from None
     return AdamW8bit, {}
