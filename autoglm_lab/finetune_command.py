@@ -12,7 +12,7 @@ from autoglm_lab.errors import LabError
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id that is in the local cache.")],
+    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id, fetched if it is not cached.")],
     data: Annotated[Path, typer.Argument(help='JSON lines, one dialogue a line: {"messages": […]}.')],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the checkpoints and the adapter go.")] = Path(
         "finetuned"

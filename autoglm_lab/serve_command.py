@@ -12,7 +12,7 @@ from autoglm_lab.errors import LabError
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id that is in the local cache.")] = (
+    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id, fetched if it is not cached.")] = (
         "autoglm-tiny"
     ),
     host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
