@@ -1,6 +1,6 @@
 """Fine-tune the embedded model on a colour it never saw: `python -m recipes.tiny.learn_colour`.
 
-Accuracy before and after, on taps of held-out looks and words (`new_colour.held_out`) and on the old tasks (`evaluate`).
+Accuracy before and after, on taps of held-out looks and words (`new_colour.held_out`) and the old tasks (`evaluate`).
 The adapter is on the linear layers of the decoder, of the vision tower and of what joins them.
 """
 
