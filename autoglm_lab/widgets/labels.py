@@ -121,6 +121,18 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "place host hint": ("Pinned host memory: back in milliseconds", "锁页主机内存：毫秒级唤醒"),
         "place disk": ("disk", "磁盘"),
         "place disk hint": ("The safetensors file: frees host memory too", "safetensors 文件：也释放主机内存"),
+        "precision": ("text weights", "文本权重"),
+        "weights model": ("as loaded from", "原精度"),
+        "weights model hint": ("As the files have them, nothing lost", "与文件一致，无损失"),
+        "weights int8": ("int8", "int8"),
+        "weights int8 hint": ("About half of bfloat16 (lossy)", "约为 bfloat16 的一半（有损）"),
+        "weights int4": ("int4", "int4"),
+        "weights int4 hint": (
+            "Layers in about 0.28 of bfloat16, embeddings and head in int8 (lossy)",
+            "各层约为 bfloat16 的 0.28，嵌入与输出头为 int8（有损）",
+        ),
+        "next load frees": ("from the next load, frees {bytes}: {load}", "下次加载时生效，释放 {bytes}：{load}"),
+        "next load takes": ("from the next load, takes {bytes} more: {load}", "下次加载时生效，多占 {bytes}：{load}"),
         "after": ("after", "空闲"),
         "s idle": ("s idle", "秒后"),
         "keep alive": (

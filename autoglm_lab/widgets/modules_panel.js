@@ -25,7 +25,20 @@ export default panel({
       places.node,
       h("span", { class: "algm-pair" }, h("span", { class: "algm-dim" }, ui.t("after")), alive.node, unit),
     );
-    const node = h("div", {}, h("h4", {}, ui.t("title")), list, foot);
+    const precision = segmented({
+      label: ui.t("precision"),
+      onPick: (value) => ui.send("precision", { precision: value }),
+      options: ["model", "int8", "int4"].map((one) => [one, ui.t(`weights ${one}`), ui.t(`weights ${one} hint`)]),
+    });
+    const next = h("span", { class: "algm-dim algm-small", "data-next": "load", "aria-live": "polite" });
+    const weights = h(
+      "div",
+      { class: "algm-row algm-foot" },
+      h("span", { class: "algm-label" }, ui.t("precision")),
+      precision.node,
+      next,
+    );
+    const node = h("div", {}, h("h4", {}, ui.t("title")), list, foot, weights);
     const lines = new Map();
 
     function line(name) {
@@ -101,6 +114,12 @@ export default panel({
           lines.delete(name);
         }
       for (const label of places.node.querySelectorAll("[data-value=host]")) label.hidden = state.host_is_device;
+      weights.hidden = !state.in_kernel;
+      precision.set(state.wanted, ui.busy("precision"));
+      next.hidden = state.wanted === state.precision;
+      const bytes = formatBytes(Math.abs(state.frees));
+      const load = state.wanted === "model" ? "lab.load(…)" : `lab.load(…, quantize="${state.wanted}")`;
+      next.textContent = next.hidden ? "" : ui.t(state.frees < 0 ? "next load takes" : "next load frees", { bytes, load });
       places.set(state.park_to, ui.busy("park_to") || !state.control);
       alive.set(state.keep_alive, ui.busy("keep_alive") || !state.control);
     }

@@ -9,6 +9,9 @@ from typing import Any
 from autoglm_lab.engine.protocol import Engine, ModuleInfo
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger, Row
+from autoglm_lab.models.anatomy import anatomy
+from autoglm_lab.models.precision import MIXED, made_in, module_nbytes
+from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.widgets.palette import colour_key, rank
 from autoglm_lab.widgets.panel import Panel
 from autoglm_lab.widgets.settings import set_policy
@@ -70,14 +73,45 @@ def _shared(values: list[Any]) -> Any:
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
+def freed(model: Any, precision: str, held: Mapping[str, int]) -> int:
+    """Bytes that loading ``model`` again with its text in ``precision`` would free; negative: it would take.
+
+    Args:
+        precision: ``model``, or a name of `precision.MIXED`.
+        held: bytes of each module now.
+    """
+    plain = skeleton(model.config, made_in(model))
+    sizes = {spec.name: spec.nbytes for spec in anatomy(plain)}
+    for name, kept in MIXED.get(precision, {}).items():
+        if name in sizes:
+            sizes[name] = module_nbytes(plain, kept)[name]
+    return sum(held[name] - sizes[name] for name in ("text", "head") if name in sizes and name in held)
+
+
 class ModulesPanel(Panel):
-    """State, size and last move of every module, and its residency."""
+    """State, size and last move of every module, and its residency; what another precision would free."""
 
     name = "modules_panel"
     of_memory = True
 
+    _foretold: tuple[str, int] | None = None
+
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
-        return modules_state(snapshot)
+        kept = snapshot.policy.module("text").precision
+        wanted, frees = self._foretold or (kept, 0)
+        own = getattr(self.host.bench if self.host else None, "model", None) is not None
+        return modules_state(snapshot) | {"precision": kept, "wanted": wanted, "frees": frees, "in_kernel": own}
+
+    def do_precision(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Work out what a precision would free: it is had from the next load on."""
+        if self.host is not None:
+            bench: Any = self.host.bench
+            wanted = str(content["precision"])
+            self.run("precision", lambda: self._foretell(bench, wanted))
+
+    def _foretell(self, bench: Any, wanted: str) -> None:
+        held = {module.name: module.nbytes for module in bench.engine.modules()}
+        self._foretold = wanted, freed(bench.model, wanted, held)
 
     def do_residency(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
         name, residency = str(content["module"]), content["residency"]

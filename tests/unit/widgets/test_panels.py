@@ -71,6 +71,18 @@ def test_a_setting_for_all_modules_shows_as_none_when_they_differ(wb, dashboard)
     assert {wb.policy.module(name).keep_alive for name in wb.modules} == {12}
 
 
+def test_another_precision_says_what_the_next_load_would_free(wb, dashboard):
+    browser_sends(dashboard.modules, "precision", precision="int4")
+    until(lambda: dashboard.modules.state["wanted"] == "int4", "the precision to be looked at")
+    state = dashboard.modules.state
+    assert 0.7 * module(dashboard, "text")["nbytes"] < state["frees"] < module(dashboard, "text")["nbytes"]
+    assert state["precision"] == "model", "nothing changes before the next load"
+    assert wb.policy.precisions() == {}
+    browser_sends(dashboard.modules, "precision", precision="model")
+    until(lambda: dashboard.modules.state["wanted"] == "model", "the precision to be put back")
+    assert dashboard.modules.state["frees"] == 0
+
+
 def test_a_handler_returns_at_once_while_its_action_is_busy(wb, dashboard):
     go_on = threading.Event()
     dashboard.budget.run("now", go_on.wait)
