@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
 from autoglm_lab.errors import ContextLimitError
@@ -100,6 +100,8 @@ class KvState:
             Leading tokens of ``prompt`` that need no prefill.
         """
         if self.position_state or (self.paged is None and (self.own is None or not _croppable(self.own))):
+            if self._goes_on(prompt):
+                return len(self.ids)
             self.clear()
             return 0
         length = reusable(prompt, self.ids, self.blocks, self.runs)
@@ -110,6 +112,13 @@ class KvState:
             length = max(length, self._adopt(self.paged, prompt, length))
         self.keep(length)
         return length
+
+    def _goes_on(self, prompt: Prompt) -> bool:
+        """Whether sliding layers, which cannot go back, need not: the prompt begins with all that they have read."""
+        kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+        if self.position_state or self.own is None or any(type(layer) not in kinds for layer in self.own.layers):
+            return False
+        return 0 < len(self.ids) == reusable(prompt, self.ids, self.blocks, self.runs)
 
     def make_room(self, new: int) -> None:
         """Forget tokens between the first ones that stay and the latest, so that ``new`` more fit into the window.

@@ -85,7 +85,7 @@ class Stepper:
                 return self._prefill(state, prompt, start, chunk, between)
             except UnusedOutputsError:  # the encoder knows now, and leaves them to the model
                 state.keep(start)
-                return self._prefill(state, prompt, start, chunk, between)
+                return self._prefill(state, prompt, min(start, len(state.ids)), chunk, between)
         except BaseException:
             state.keep(start)
             raise

@@ -161,12 +161,15 @@ class DeviceCopy:
         Raises:
             ModuleError: as `withdraw`. Everything is as before.
         """
-        self._mover.wait(self.withdraw())
+        self._mover.wait(self.leave())
+        values: dict[str, Tensor] = {}
         with torch.inference_mode(mode=False), torch.no_grad():
             try:
                 values = self.binding.copies(self.slab.alias())
-            except torch.OutOfMemoryError:
-                region = self.slab.alias().cpu()
+            except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # whose variables still view the slab
+            if not values:
+                region = self.slab.alias().to("cpu", copy=True)
                 self.drop()
                 values = self.binding.copies(region)
         if self._mover.background:

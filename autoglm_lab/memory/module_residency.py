@@ -209,6 +209,14 @@ class ModuleResidency:
             self.backing.drop_host()
             self.backing.sources, self._move = {}, None
 
+    def refuse_while_viewed(self) -> None:
+        """Raise `ModuleError` where the weights could not leave the slab now."""
+        with self._lock:
+            self._settle()
+            if self.at == "device" and not self._released:
+                self._mover.wait(self._device.leave())
+                self._device.come_back()
+
     def close(self) -> None:
         """Give every byte back, for good.
 

@@ -247,12 +247,14 @@ class Residency(Mapping[str, ModuleResidency]):
         """Give every module's weights back to the model, on the device. `close` then frees what is left here.
 
         Raises:
-            ModuleError: layers are kept on the host, or a module cannot be moved now. Those before it were given back.
-            OutOfMemoryError: a parked module does not fit.
+            ModuleError: layers are kept on the host, or a module cannot be moved now. Nothing was given back.
+            OutOfMemoryError: a parked module does not fit. Those before it were given back.
         """
         self.check_open()
         if self.on_host is not None:
             raise ModuleError("layers of the text are kept on the host: set placement.host_bytes to 0 and load again")
+        for module in self._modules.values():
+            module.refuse_while_viewed()
         self._accelerator.set_budget(None)
         for module in self._modules.values():
             module.release()
