@@ -113,7 +113,7 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id, whose configuration is fetched if it is not cached.")],
+    model: Annotated[str, typer.Argument(help="A preset, a folder, or a hub id; no weights are fetched.")],
     budget: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What the process may use: 24GiB. Default: all that is free.")
     ] = None,
