@@ -46,7 +46,7 @@ def run(bench: Bench) -> Report:
             figures += _soak_figures(soaked, before, _owned(wb))
         bench.say("throughput: one client, then 16")
         text = [{**body, "ignore_eos": True} for body in bodies[:2]]
-        rates = {}
+        rates: dict[int, list[float]] = {}
         for clients, requests in ((1, 8), (16, 4), (1, 8), (16, 4)):
             done = _clients("load", url=service.url, bodies=text, clients=clients, requests=requests, seed=1)
             rates.setdefault(clients, []).append(done["tokens"] / done["seconds"])
@@ -128,7 +128,9 @@ def _two_turns(bench: Bench, folder: Path) -> list[Figure]:
 
 def _mixed() -> list[dict[str, Any]]:
     """Requests of every kind; the first two are text alone."""
-    bodies = [{"messages": [{"role": "user", "content": text}]} for text in ("Who are you?", "你是谁?")]
+    bodies: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": text}]} for text in ("Who are you?", "你是谁?")
+    ]
     for sample in samples.SAMPLES:
         parts: list[dict[str, Any]] = []
         if sample.image is not None:
