@@ -40,7 +40,12 @@ export default panel({
     });
     const note = h("div", { class: "algm-dim algm-empty" });
     const samples = h("div", { class: "algm-samples" });
-    const warning = h("div", { class: "algm-warning", role: "status", hidden: true });
+    const warned = h("span", {});
+    const anyway = button(ui.t("send anyway"), {
+      title: ui.t("send anyway hint"),
+      onClick: () => (state.refused && !hasDraft() ? ui.send("again") : send(true)),
+    });
+    const warning = h("div", { class: "algm-warning", role: "status", hidden: true }, warned, anyway);
     const tray = h("div", { class: "algm-tray", hidden: true });
     const picker = (kind) =>
       h("input", {
@@ -104,12 +109,15 @@ export default panel({
     );
 
     // Not a refusal: the plan may be for more than this message.
-    function warn({ warning: told }) {
-      warning.hidden = !told;
+    const hasDraft = () => Boolean(box.value.trim() || desk.files.length || desk.sample);
+    function warn({ warning: told, refused, can_force: able }) {
+      warning.hidden = !told && !refused;
+      anyway.hidden = !able;
+      if (refused && !told) warned.textContent = ui.t("was refused");
       if (!told) return;
       const { missing, phase, context, images, conversations } = told;
       const figures = { images, conversations, context: ui.t("tokens", { n: formatCount(context) }) };
-      warning.textContent = ui.t("will not fit", {
+      warned.textContent = ui.t("will not fit", {
         bytes: formatBytes(missing),
         phase: ui.t(`phase ${phase}`),
         ...figures,
@@ -290,7 +298,7 @@ export default panel({
       box.style.height = "auto";
       box.style.height = `${Math.min(box.scrollHeight + 2, 132)}px`;
     }
-    async function send() {
+    async function send(force = false) {
       const text = box.value.trim(),
         files = desk.files,
         sample = desk.sample;
@@ -304,6 +312,7 @@ export default panel({
             text,
             sample,
             thinking: desk.thinking,
+            force,
             files: files.map((one) => ({ kind: one.kind, name: one.file.name })),
           },
           buffers,

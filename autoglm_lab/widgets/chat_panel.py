@@ -7,8 +7,9 @@ from typing import Any
 
 import traitlets
 
-from autoglm_lab.engine.protocol import Engine
-from autoglm_lab.errors import LabError, MessageError
+from autoglm_lab.engine.local import LocalEngine
+from autoglm_lab.engine.protocol import Engine, Turn
+from autoglm_lab.errors import AdmissionError, LabError, MessageError
 from autoglm_lab.widgets import sample_cards
 from autoglm_lab.widgets.attachments import LIMIT, MOST_FILES, Attachment, read_attachments
 from autoglm_lab.widgets.panel import Host, Panel, message_of
@@ -40,6 +41,7 @@ class ChatPanel(Panel):
         self._conversation = "main"
         self._shown: tuple[str, int] = ("", -1)
         self._samples: list[dict[str, Any]] | None = None
+        self._refused: dict[str, Callable[[], None]] = {}
         self._sizes: dict[tuple[int, int], None] = {}
         super().__init__(host, **settings)
 
@@ -62,6 +64,8 @@ class ChatPanel(Panel):
             "generation": {name: getattr(policy.generation, name) for name in GENERATION},
             "samples": self._samples,
             "warning": self.host.warning if self.host else None,
+            "refused": self._conversation in self._refused,
+            "can_force": self.host is not None and isinstance(self.host.bench.engine, LocalEngine),
             "limit": LIMIT,
             "image_tokens": self._image_tokens(),
             "most_files": MOST_FILES,
@@ -101,10 +105,19 @@ class ChatPanel(Panel):
             raise MessageError(f"a message takes at most {_MOST_TEXT:,} characters, this one has {len(text):,}")
         if not text and not attachments and not content.get("sample"):
             return
-        say = self._saying(text, attachments, content.get("sample"), content.get("thinking"))
+        force = content.get("force") is True
+        say = self._saying(text, attachments, content.get("sample"), content.get("thinking"), force=force)
         self.run("send", say, lane="chat")
 
-    def _saying(self, text: str, attachments: list[Attachment], sample: object, thinking: object) -> Callable[[], None]:
+    def do_again(self, _content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Try what was refused last in this conversation all the same."""
+        say = self._refused.pop(self._conversation, None)
+        if self.host is not None and say is not None:
+            self.run("send", say, lane="chat")
+
+    def _saying(
+        self, text: str, attachments: list[Attachment], sample: object, thinking: object, *, force: bool = False
+    ) -> Callable[[], None]:
         host, conversation, transcript = self.host, self._conversation, self._transcript()
         if host is None:
             raise LabError("this chat belongs to no dashboard")
@@ -115,6 +128,8 @@ class ChatPanel(Panel):
             transcript.ask(conversation, text, [file.card() for file in files])
             parts = [file.part() for file in files] + ([{"type": "text", "text": text}] if text else [])
             options = {"thinking": thinking} if isinstance(thinking, bool) else {}
+            options |= {"force": True} if force and isinstance(engine, LocalEngine) else {}
+            self._refused.pop(conversation, None)
             try:
                 with transcript.speaking():
                     turn = engine.submit([{"role": "user", "content": parts}], conversation=conversation, **options)
@@ -122,6 +137,12 @@ class ChatPanel(Panel):
                 transcript.refuse(conversation, message_of(error))
                 return
             transcript.answer(conversation, turn, host.wake)
+            turn.on_change(lambda: ended(turn))
+
+        def ended(turn: Turn) -> None:
+            if isinstance(turn.error, AdmissionError):
+                self._refused[conversation] = self._saying(text, attachments, sample, thinking, force=True)
+                host.wake()
 
         return say
 

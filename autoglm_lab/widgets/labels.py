@@ -331,6 +331,11 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "to spare": ("{bytes} to spare", "尚余 {bytes}"),
         "missing": ("{bytes} missing", "缺少 {bytes}"),
         "estimated": ("estimated", "估算"),
+        "errors": ("plans here: last {last}, median {median} off", "本机预测误差：上次 {last}，中位 {median}"),
+        "errors hint": (
+            "Predicted peaks of answers against what was measured, over {count} answers",
+            "回答峰值的预测与实测之差，共 {count} 次回答",
+        ),
         "planned": ("planned", "预测"),
         "planned hint": ("The peak of the phase that needs most", "需求最大的阶段的峰值"),
         "measured": ("now", "当前"),
@@ -395,6 +400,15 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "will not fit": (
             "The plan: {bytes} missing in {phase} (prompt {context}, images {images}, conversations {conversations})",
             "预测：{phase}阶段缺少 {bytes}（提示 {context}，图像 {images}，对话 {conversations}）",
+        ),
+        "was refused": (
+            "Refused before it was tried: the plan says that it cannot fit",
+            "未尝试即拒绝：预测显示放不下",
+        ),
+        "send anyway": ("Send anyway", "仍然发送"),
+        "send anyway hint": (
+            "Try it although the plan says that it does not fit; running out of memory harms nothing",
+            "即使预测放不下也尝试；显存不足不会造成损害",
         ),
         "try": ("Try", "试试"),
         "remove": ("Remove {name}", "移除 {name}"),

@@ -84,6 +84,11 @@ export default panel({
       };
       return { node, set };
     }
+    function errors() {
+      const { last, median } = state.errors;
+      const share = (value) => `${value < 0 ? "−" : "+"}${Math.abs(100 * value).toFixed(1)} %`;
+      return ui.t("errors", { last: share(last), median: `${(100 * median).toFixed(1)} %` });
+    }
     function tellVerdict() {
       if (!state.verdict) {
         verdict.replaceChildren(h("span", { class: "algm-dim" }, ui.busy("plan") ? ui.t("planning") : ""));
@@ -99,6 +104,7 @@ export default panel({
         h("b", {}, ui.t(state.verdict)),
         h("span", {}, `· ${where} · ${room}`),
         state.estimated ? h("span", { class: "algm-dim" }, `· ${ui.t("estimated")}`) : "",
+        state.errors ? h("span", { class: "algm-dim", title: ui.t("errors hint", state.errors) }, `· ${errors()}`) : "",
       );
     }
     function piece(row, nbytes, whole) {

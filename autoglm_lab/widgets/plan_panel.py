@@ -9,6 +9,7 @@ from typing import Any, Final
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.plan import Alternative, Plan
+from autoglm_lab.memory.plan_record import PlanErrors
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.units import MiB
 from autoglm_lab.widgets.palette import OUTSIDE_KINDS, colour_key, rank
@@ -42,7 +43,7 @@ def plan_state(plan: Plan | None, workload: Workload, snapshot: Snapshot) -> dic
     helping = [one for one in plan.alternatives if one.fits] or plan.alternatives
     return state | {
         "verdict": plan.verdict,
-        "margin": plan.margin,
+        "margin": plan.margin if plan.margin < 0 or not plan.host_missing else -plan.host_missing,
         "limit": plan.limit,
         "by": "device" if plan.policy.budget is None or plan.limit < plan.policy.budget else "budget",
         "phase": plan.largest.name,
@@ -89,6 +90,11 @@ def alternative(plan: Plan, one: Alternative) -> dict[str, Any]:
     }
 
 
+def errors_state(errors: PlanErrors | None) -> dict[str, float] | None:
+    """How far off plans were on this machine, in shares."""
+    return None if errors is None else {"last": errors.last, "median": errors.median, "count": errors.count}
+
+
 def context_steps(context: int | None, new_tokens: int) -> list[int]:
     """Powers of two from 256 tokens up, then as much as the model takes beside the answer."""
     most = max(256, (context or 131072) - new_tokens)
@@ -104,6 +110,11 @@ def _costs(changes: Mapping[str, Any]) -> Iterable[str]:
         yield f"{settings['residency']} {name}"
     kinds = ("precision", "max_tokens", "chunk", "place", "graphs", "encoder_bytes")
     yield from (kind for kind in kinds if kind in changes.get("kv", {}))
+
+
+def _errors_of(bench: Any) -> PlanErrors | None:
+    admission = getattr(getattr(bench.engine, "state", None), "admission", None)
+    return None if admission is None else admission.errors()
 
 
 def _colour(row: Row) -> str:
@@ -132,6 +143,7 @@ class PlanPanel(Panel):
         self._workload: Workload | None = None
         self._plan: Plan | None = None
         self._asked: object = None
+        self._errors: PlanErrors | None = None
         super().__init__(host, **settings)
 
     @property
@@ -142,7 +154,7 @@ class PlanPanel(Panel):
             return None
         work = plan.workload
         return {
-            "missing": -plan.margin,
+            "missing": max(-plan.margin, plan.host_missing),
             "phase": plan.largest.name,
             "context": work.context,
             "images": work.images,
@@ -152,7 +164,7 @@ class PlanPanel(Panel):
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
         workload = self._workload_for(snapshot)
         self._look(snapshot)
-        return plan_state(self._plan, workload, snapshot)
+        return plan_state(self._plan, workload, snapshot) | {"errors": errors_state(self._errors)}
 
     def do_workload(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
         """Change one figure of the workload: ``context``, ``images`` or ``conversations``."""
@@ -185,7 +197,8 @@ class PlanPanel(Panel):
 
     def _look(self, snapshot: Snapshot) -> None:
         """Plan anew where something changed that a plan depends on."""
-        asked = (snapshot.policy, snapshot.ledger.nbytes("other processes") // _STEADY)
+        turns = sum(one.turns for one in snapshot.conversations)  # an answer tells how right the plan was
+        asked = (snapshot.policy, snapshot.ledger.nbytes("other processes") // _STEADY, turns)
         if asked != self._asked and snapshot.capabilities.memory_control:
             self._asked = asked
             self._foresee()
@@ -198,6 +211,7 @@ class PlanPanel(Panel):
         bench = host.bench
 
         def plan() -> None:
+            self._errors = _errors_of(bench)
             self._plan = bench.plan(None, self._workload, search=False)
             if not self._plan.fits:
                 host.wake()

@@ -3,7 +3,9 @@ from __future__ import annotations
 import pytest
 
 import autoglm_lab as lab
+from autoglm_lab.errors import AdmissionError
 from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.plan_record import PlanErrors
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.widgets.labels import labels_of
 from autoglm_lab.widgets.plan_panel import context_steps, difference
@@ -94,6 +96,38 @@ def test_a_question_is_sent_all_the_same(wb, dashboard, panel):
     until(lambda: dashboard.chat.state["warning"], "the warning", 60)
     browser_sends(dashboard.chat, "send", text="你是谁?", files=[])
     until(lambda: any(info.turns for info in wb.conversations), "the answer", 60)
+
+
+def test_what_was_refused_can_be_sent_anyway(wb, dashboard, panel, monkeypatch):
+    forced = []
+
+    def check(*_, force):
+        forced.append(force)
+        if not force:
+            raise AdmissionError("decode", 3 * MiB, 1 * MiB, ["an answer of at most 9 tokens"])
+
+    monkeypatch.setattr(wb.engine.state.admission, "check", check)
+    chat = dashboard.chat
+    assert chat.state["can_force"] and not chat.state["refused"]
+    browser_sends(chat, "send", text="你是谁?", files=[])
+    until(lambda: chat.state["refused"], "the refusal", 60)
+    until(
+        lambda: "refused before it was tried: decode needs 3.0 MiB" in str(chat.messages[-1].get("error")), "the error"
+    )
+    browser_sends(chat, "again")
+    until(lambda: any(info.turns for info in wb.conversations), "the answer", 60)
+    until(lambda: not chat.state["refused"], "the refusal to go")
+    browser_sends(chat, "send", text="再说一次", files=[], force=True)
+    until(lambda: sum(info.turns for info in wb.conversations) == 2, "the second answer", 60)
+    assert forced == [False, True, True]
+
+
+def test_how_far_off_plans_were_is_told(wb, panel, monkeypatch):
+    monkeypatch.setattr(wb.engine.state.admission, "errors", lambda: PlanErrors(last=-0.012, median=0.008, count=5))
+    works_for(panel, context=512)
+    until(lambda: panel.state["errors"] == {"last": -0.012, "median": 0.008, "count": 5}, "the errors")
+    for lang in ("en", "zh"):
+        assert "{last}" in labels_of("plan_panel", lang)["errors"]
 
 
 def test_an_unknown_figure_of_the_workload_is_refused_in_words(panel):
