@@ -58,7 +58,8 @@ class Piece:
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], tally: Tally) -> Piece | None:
     """One answer, streamed; comes back as often as it is told to. None: there was none, which is noted."""
     for _ in range(_RETRIES):
-        began, first, text, usage = time.perf_counter(), 0.0, "", {}
+        began, first, text = time.perf_counter(), 0.0, ""
+        usage: dict[str, Any] = {}
         try:
             async with client.stream("POST", "chat/completions", json={**body, "stream": True}) as response:
                 if response.status_code == 429:
@@ -218,7 +219,7 @@ async def _bad(client: httpx.AsyncClient, kind: str, chance: random.Random) -> s
 def main() -> None:
     """Do the job on stdin."""
     job = json.load(sys.stdin)
-    do = {"load": load, "soak": soak, "turns": turns}[job.pop("do")]
+    do: Any = {"load": load, "soak": soak, "turns": turns}[job.pop("do")]
     done = asyncio.run(do(**job))
     json.dump(done if isinstance(done, dict) else asdict(done), sys.stdout)
 
