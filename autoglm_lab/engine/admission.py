@@ -57,6 +57,7 @@ class Admission:
         self._record = PlanRecord() if record is None else record
         self._planner: Planner | None = None
         self._promised: dict[str, int] = {}
+        self._precisions: dict[str, str] = {}
         self._near: MemoryPolicy | None = None
         self._jobs: deque[Callable[[], None]] = deque(maxlen=_MOST_WAITING)
         self._thread: threading.Thread | None = None
@@ -197,11 +198,12 @@ class Admission:
         return sum(max(0, nbytes - held[name]) for name, nbytes in self._promised.items())
 
     def _cost(self, request: Request, policy: MemoryPolicy, before_trace: Callable[[], None] | None) -> RequestCost:
-        predict = self._planner
-        if predict is None:
+        predict, precisions = self._planner, self._state.policy.precisions()
+        if predict is None or self._precisions != precisions:
             if before_trace is None:
                 raise UntracedError
-            predict = self._planner = self._made()
+            predict, self._precisions = self._made(), precisions
+            self._planner = predict
         allowed = policy.kv.max_tokens
         kept = request.kept if allowed is None else min(request.kept, max(allowed, request.prompt))
         chunks = request.chunks

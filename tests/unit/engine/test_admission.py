@@ -181,3 +181,15 @@ def test_a_turn_does_not_mind_a_record_that_cannot_be_written(near, monkeypatch,
     near.engine.state.admission.settle()
     assert answer.finish_reason in ("stop", "length")
     assert near.engine.state.admission.errors() is None
+
+
+def test_weights_in_another_precision_are_learnt_anew(near, monkeypatch):
+    state = near.engine.state
+    asked = partial(state.admission.check, state.conversations.get("main"), _prompt_of(near, LONG), 0, 50)
+    assert asked() is not None
+    waiting = []
+    monkeypatch.setattr(state.admission, "_later", waiting.append)
+    before, state.policy = state.policy, state.policy.replace(modules={"text": {"precision": "int8"}})
+    found, state.policy = asked(), before
+    assert found is None and len(waiting) == 1
+    near.drop("main")
