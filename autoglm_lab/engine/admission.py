@@ -202,8 +202,8 @@ class Admission:
         if predict is None or self._precisions != precisions:
             if before_trace is None:
                 raise UntracedError
-            predict, self._precisions = self._made(), precisions
-            self._planner = predict
+            predict = self._planner = self._made()
+            self._precisions = precisions
         allowed = policy.kv.max_tokens
         kept = request.kept if allowed is None else min(request.kept, max(allowed, request.prompt))
         chunks = request.chunks
