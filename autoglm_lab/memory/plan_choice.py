@@ -5,7 +5,7 @@ Every combination of the settings that cost something is put in an order, and th
 1. quality: the whole workload kept before a part of it; then keys and values as the model computes them before int8
    before int4;
 2. speed: a smaller chunk of the prompt costs least, then an encoder on demand that the workload does not need, then one
-   that it needs, then keys and values on the host;
+   that it needs, then keys and values on the host, and most of all layers on the host: as few as it takes;
 3. headroom: what is left goes to the conversations, as the most tokens that each may grow to.
 """
 
@@ -17,6 +17,7 @@ from itertools import product
 from typing import Any
 
 from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.plan_search import host_bytes
 from autoglm_lab.memory.planner import Planner
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
@@ -32,6 +33,7 @@ _PRECISIONS = ("model", "int8", "int4")
 _MOST_TOKENS = 1 << 22
 _STEP = 256
 _ROUND = 10 << 20
+_ALL = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ def choose(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Choice
     ways = sorted(product(*kinds), key=lambda way: sum(option.slower for option in way))
     frugal, qualities = _frugal(kinds), list(_qualities(planner, policy, workload))
 
+    everything = _everything(planner, policy)
+
     def least(qualities: Iterable[_Option], workload: Workload) -> Plan:
-        plans = [_of(planner, policy, (quality, *way), workload) for quality in qualities for way in frugal]
+        plans = [_of(planner, policy, (quality, *way, everything), workload) for quality in qualities for way in frugal]
         return min(plans, key=_leanness)
 
     if not _fits(least(qualities[-len(_PRECISIONS) :], workload)):
@@ -98,7 +102,43 @@ def choose(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Choice
             plan = _of(planner, policy, (quality, *way), workload)
             if _fits(plan):
                 return _chosen(planner, plan, (quality, *way), plain)
+        found = _with_layers_on_host(planner, policy, workload, quality, frugal)
+        if found is not None:
+            return _chosen(planner, *found, plain)
     raise AssertionError("the leanest policy fits and is one of those that were tried")
+
+
+def _everything(planner: Planner, policy: MemoryPolicy) -> _Option:
+    """All of the layers on the host."""
+    if planner.device.kind == "cpu":
+        return _Option()
+    return _Option({"placement": {"host_bytes": max(policy.placement.host_bytes, _ALL)}})
+
+
+def _with_layers_on_host(
+    planner: Planner, policy: MemoryPolicy, workload: Workload, quality: _Option, frugal: Sequence[_Way]
+) -> tuple[Plan, _Way] | None:
+    """The combination with which the fewest bytes pass the bus for every token; None: none fits.
+
+    Keys and values stay where they are: on the host they would pass the bus as well.
+    """
+    found: list[tuple[int, Plan, _Way]] = []
+    for one in frugal:
+        way = tuple(option for option in one if "place" not in option.settings.get("kv", {}))
+        tried = policy
+        for option in (quality, *way):
+            tried = tried.replace(**option.settings)
+        asked = host_bytes(planner, tried, workload, spare=SPARE)
+        if asked is None:
+            continue
+        plan = planner.plan(tried.replace(placement={"host_bytes": asked}), workload, search=False)
+        written, passing = f"placement.host_bytes={format_bytes(asked)}", planner.passing(plan.policy)
+        costs = f"{format_bytes(passing)} of the layers come from the host for every token, which is slow"
+        found.append((passing, plan, (quality, *way, _Option({"placement": {}}, written, costs))))
+    if not found:
+        return None
+    _, plan, chosen = min(found, key=lambda one: one[0])
+    return plan, chosen
 
 
 def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Plan) -> Choice:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autoglm_lab.memory.plan import Alternative, Plan
 from autoglm_lab.memory.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import format_bytes
 
 if TYPE_CHECKING:
     from autoglm_lab.memory.planner import Planner
@@ -74,6 +75,7 @@ def _tried(planner: Planner, plan: Plan, chosen: tuple[Change, ...]) -> tuple[Al
 def changes(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
     """Single settings that could free memory for ``workload``."""
     yield from _of_modules(planner, policy, workload)
+    yield from _of_layers(planner, policy, workload)
     yield from _of_steps(planner, policy, workload)
     yield from _of_kept(planner, policy, workload)
 
@@ -89,6 +91,35 @@ def _of_modules(planner: Planner, policy: MemoryPolicy, workload: Workload) -> I
         )
         if not asked:
             yield _setting({"modules": {name: "off"}}, f"modules.{name}='off'", f"{what} is refused", 2)
+
+
+def _of_layers(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
+    """As many bytes of layers on the host as are missing."""
+    asked = host_bytes(planner, policy, workload, spare=0.0)
+    if asked is not None:
+        written = f"placement.host_bytes={format_bytes(asked)}"
+        yield _setting({"placement": {"host_bytes": asked}}, written, "every token waits for layers from the host", 2)
+
+
+def host_bytes(planner: Planner, policy: MemoryPolicy, workload: Workload, *, spare: float) -> int | None:
+    """The least ``placement.host_bytes`` with which the workload fits; None: it fits anyway, or with none.
+
+    Args:
+        spare: share of the limit that has to stay free.
+    """
+    if planner.device.kind == "cpu":
+        return None
+    asked = policy.placement.host_bytes
+    for _ in range(_TRIES):
+        plan = planner.plan(policy.replace(placement={"host_bytes": asked}), workload, search=False)
+        missing = plan.largest.needed - round(plan.limit * (1 - spare))
+        if missing <= 0:
+            return asked if asked > policy.placement.host_bytes and not plan.host_missing else None
+        asked = -(-(asked + missing) // _STEP) * _STEP
+    return None
+
+
+_STEP, _TRIES = 32 << 20, 4
 
 
 def _of_steps(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:

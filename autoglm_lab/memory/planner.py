@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,10 +19,9 @@ from autoglm_lab.memory.host_prefetch import stage_width
 from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.plan import PhasePlan, Plan, PlannedPhase, PlanRow
 from autoglm_lab.memory.plan_search import alternatives
-from autoglm_lab.memory.slab import lay_out
+from autoglm_lab.memory.planned_weights import PlannedWeights, SplitWeights
 from autoglm_lab.memory.step_work import Peak, RequestCost, Steps, Work
 from autoglm_lab.memory.workload import Workload
-from autoglm_lab.models.anatomy import anatomy, named_tensors
 from autoglm_lab.models.image_tokens import resized
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import precisions_of
@@ -48,7 +46,7 @@ class Planner:
     def __init__(self, outline: Outline, device: PlanDevice) -> None:
         self.name, self.dtype, self.device = outline.name, outline.dtype, device
         self._model: PreTrainedModel = outline.model
-        self._weights = _slabs(self._model, device.kind)
+        self._weights = PlannedWeights(self._model, device.kind)
         self._pages = PageFormat.of(self._model.config, self.dtype)
         self._activations = Activations(outline, device.kind)
         self._processor = outline.processor
@@ -62,7 +60,7 @@ class Planner:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(self._weights)
+        return self._weights.modules
 
     def plan(self, policy: MemoryPolicy, workload: Workload, *, search: bool = True) -> Plan:
         """The plan of a workload under a policy.
@@ -130,6 +128,10 @@ class Planner:
             limits.append(kv.max_bytes // self._stride(form) * PAGE_TOKENS)
         return min(limits, default=None)
 
+    def passing(self, policy: MemoryPolicy) -> int:
+        """Bytes of weights that pass the bus for every token."""
+        return self._weights.split(policy.placement.host_bytes).passing
+
     # phases
 
     def _phases(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> tuple[PhasePlan, ...]:
@@ -137,37 +139,36 @@ class Planner:
             size = resized(self._processor(), workload.image_size, policy.max_image_tokens)
             workload = replace(workload, image_size=size)
         media = self._media(workload)
-        kept = [name for name in self._weights if name not in _NEEDS or _residency(policy, name) == "keep"]
+        weights = self._weights.split(policy.placement.host_bytes)
+        kept = [name for name in weights.slabs if name not in _NEEDS or _residency(policy, name) == "keep"]
         needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]
         work = self._activations.work(steps, workload, media)
         idle = self._kv(steps, steps.kept) * (workload.conversations - 1)
-        phases = [self._phase("load", kept, self._fixed(loading=True))]
+        phases = [self._phase("load", weights, kept, self._fixed(loading=True))]
         if work.encode is not None:
             rows = self._kv_rows(policy, idle, "KV, other conversations")
-            phases.append(self._phase("encode", needed, [*self._fixed(), *rows, *_work(work.encode)]))
+            phases.append(self._phase("encode", weights, needed, [*self._fixed(), *rows, *_work(work.encode)]))
         own = [PlanRow("KV", "kv", work.own_cache * workload.conversations, "transformers' own cache")]
         rows = own if steps.form is None else self._kv_rows(policy, idle + self._kv(steps, steps.prompt))
         rows = [*self._fixed(), *rows, *_encoder_rows(work.features), *_work(work.prefill)]
-        phases.append(self._phase("prefill", needed, rows))
+        phases.append(self._phase("prefill", weights, needed, rows))
         written = self._kv(steps, steps.kept) * workload.conversations
         rows = own if steps.form is None else self._kv_rows(policy, written)
         rows = [*self._fixed(), *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
         rows += [*self._graph_rows(policy, steps, work), *_work(work.decode)]
         rows += [
-            PlanRow(name, "weights", self._weights[name], "goes where memory is short, or when its time is over", True)
+            PlanRow(name, "weights", weights.slabs[name], "goes where memory is short, or when its time is over", True)
             for name in needed
             if name not in kept
         ]
-        phases.append(self._phase("decode", kept, rows))
+        phases.append(self._phase("decode", weights, kept, rows))
         return tuple(phases)
 
-    def _phase(self, name: PlannedPhase, modules: list[str], rows: list[PlanRow]) -> PhasePlan:
-        weights = [
-            PlanRow(module, "weights", self._weights[module], f"weights in {str(self.dtype).removeprefix('torch.')}")
-            for module in self._weights
-            if module in modules
-        ]
-        return PhasePlan(name, tuple(row for row in (*weights, *rows) if row.nbytes))
+    def _phase(self, name: PlannedPhase, weights: SplitWeights, modules: list[str], rows: list[PlanRow]) -> PhasePlan:
+        counts = f"weights in {str(self.dtype).removeprefix('torch.')}"
+        slabs = [PlanRow(one, "weights", size, counts) for one, size in weights.slabs.items() if one in modules]
+        stages = PlanRow("text stages", "weights", weights.stages, "where parts of layers come to from the host")
+        return PhasePlan(name, tuple(row for row in (*slabs, stages, *rows) if row.nbytes))
 
     def _fixed(self, *, loading: bool = False) -> list[PlanRow]:
         device, grown = self.device, self.device.loaded if loading else self.device.working
@@ -205,7 +206,7 @@ class Planner:
                 notes.append(f"{kept:,} tokens are more than the {limit:,} that may be kept: it is cut to that")
             kept, prompt = limit, min(prompt, limit)
         for name, field in _NEEDS.items():
-            if getattr(workload, field) and name not in self._weights:
+            if getattr(workload, field) and name not in self.modules:
                 notes.append(f"this model has no {name}: {field.split('_')[0]} of the workload are left out")
             elif getattr(workload, field) and _residency(policy, name) == "off":
                 notes.append(f"a request with {field.split('_')[0]} is refused: the policy keeps {name} off")
@@ -217,7 +218,7 @@ class Planner:
         return Steps(form, prompt, kept, chunk, workload.conversations, graphs), notes
 
     def _media(self, workload: Workload) -> list[Medium]:
-        return [name for name, field in _NEEDS.items() if getattr(workload, field) and name in self._weights]
+        return [name for name, field in _NEEDS.items() if getattr(workload, field) and name in self.modules]
 
     def _form(self, policy: MemoryPolicy) -> PageFormat | None:
         return None if self._pages is None else self._pages.at(policy.kv.precision)
@@ -234,12 +235,17 @@ class Planner:
         return -(-nbytes // _CHUNK) * _CHUNK if self.device.kind == "cuda" else nbytes
 
     def _on_host(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> int:
-        """Bytes of the host beside a GPU: keys and values that are to lie there, copies of modules that come off."""
+        """Bytes of the host beside a GPU: keys and values, weights that stay there, copies of modules that come off."""
         if self.device.kind == "cpu":
             return 0
         kv = self._kv(steps, steps.kept) * workload.conversations if policy.kv.place == "host" else 0
-        parts = [(self._weights[name], policy.module(name)) for name in self._weights]
-        return kv + sum(nbytes for nbytes, part in parts if part.residency != "keep" and part.park_to != "disk")
+        weights = self._weights.split(policy.placement.host_bytes)
+        parts = [(nbytes, policy.module(name)) for name, nbytes in weights.slabs.items()]
+        return (
+            kv
+            + weights.on_host
+            + sum(nbytes for nbytes, part in parts if part.residency != "keep" and part.park_to != "disk")
+        )
 
     def _kv_rows(self, policy: MemoryPolicy, nbytes: int, name: str = "KV") -> list[PlanRow]:
         on_host = policy.kv.place == "host" and self.device.kind == "cuda"
@@ -273,15 +279,6 @@ def planner(outline: Outline, device: PlanDevice) -> Planner:
     named = found.of(device)
     named.name = outline.name
     return named
-
-
-def _slabs(model: PreTrainedModel, kind: str) -> dict[str, int]:
-    tensors: dict[str, Any] = dict(named_tensors(model))
-    grain = _CHUNK if kind == "cuda" else 4096
-    return {
-        spec.name: -(-lay_out({name: tensors[name] for name in spec.tensors})[1] // grain) * grain
-        for spec in anatomy(model)
-    }
 
 
 def _residency(policy: MemoryPolicy, name: str) -> str:

@@ -47,7 +47,23 @@ def test_a_card_of_24_gib_takes_the_phone_step_without_giving_anything_up(phone)
     assert choice.why in choice.plan.to_dict()["why"]
 
 
-@pytest.mark.parametrize("card", ["16GiB", "12GiB"])
+@pytest.mark.parametrize("card", ["16GiB", "12GiB", "8GiB"])
+def test_what_the_card_cannot_hold_stays_on_the_host_and_no_more_of_it(phone, card):
+    choice = choose_for(phone, card)
+    assert choice.fits
+    assert choice.policy.kv.precision == "model"
+    asked = choice.policy.placement.host_bytes
+    assert asked > 0
+    fewer = choice.policy.replace(placement={"host_bytes": asked - (256 << 20)})
+    predict = planner(phone, plan_device(None, choice.policy.budget, None))
+    assert predict.plan(fewer, PHONE_STEP, search=False).largest.needed > choice.plan.limit * (1 - SPARE)
+    assert f"{format_bytes(predict.passing(choice.policy))} of the layers come from the host" in choice.why
+    stages = [row.nbytes for row in choice.plan.largest.rows if row.name == "text stages"]
+    assert len(stages) == 1
+    assert choice.plan.host_needed >= predict.passing(choice.policy)
+
+
+@pytest.mark.parametrize("card", ["3GiB", "2GiB"])
 def test_where_nothing_fits_it_says_by_how_much_and_which_budget_would(phone, card):
     choice = choose_for(phone, card)
     assert not choice.fits

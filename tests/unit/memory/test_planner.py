@@ -200,7 +200,7 @@ def test_what_does_not_fit_says_what_would(phone):
     assert best.fits and best.nbytes <= plan.limit
     again = phone.plan(best.policy, plan.workload)
     assert again.fits and again.largest.needed == best.nbytes
-    small = phone.plan(MemoryPolicy(budget="8GiB"), Workload())
+    small = phone.plan(MemoryPolicy(budget="2GiB"), Workload())
     assert small.verdict == "does not fit"
     assert "does not fit: " in str(small) and "missing" in str(small)
 
