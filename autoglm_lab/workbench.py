@@ -40,8 +40,8 @@ from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.dialogue import refuse_unfit
 from autoglm_lab.models.image_tokens import image_tokens, limit_image_tokens
 from autoglm_lab.models.loading import Outline, Resolved
-from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.original import Original
+from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 
@@ -116,6 +116,8 @@ class Workbench(EngineBench):
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
         for note in resolved.notes:
             state.event("note", note)
+        if policy.placement.host_bytes and residency.on_host is None:
+            state.event("note", "placement", why="nothing is kept on the host beside the device: they are one here")
         fixed = limit_image_tokens(resolved.processor, policy.max_image_tokens)
         if fixed:
             state.event("note", "max_image_tokens", why=fixed)
@@ -236,7 +238,6 @@ class Workbench(EngineBench):
         wanted = policy or self.policy
         predict = planner(self.outline(), self.plan_device(wanted.budget))
         return predict.plan(wanted, workload or Workload(), search=search)
-
 
     def detach(self) -> Any:
         """Give the model back as it was: its weights in memory of torch's own, on the device, no hook of ours left.
