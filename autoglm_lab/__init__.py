@@ -22,10 +22,10 @@ _HOMES = {
     "MemoryPolicy": "policy",
     "presets": "models.catalog",
     "Ledger": "memory.ledger",
-    "Plan": "memory.plan",
+    "Plan": "memory.planning.plan",
     "Sampler": "memory.sampler",
     "Turn": "engine.protocol",
-    "Workload": "memory.workload",
+    "Workload": "memory.planning.workload",
     "Answer": "engine.protocol",
     "LabError": "errors",
     "OutOfMemoryError": "errors",
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from autoglm_lab.engine.protocol import Answer, Turn
     from autoglm_lab.errors import LabError, OutOfMemoryError
     from autoglm_lab.memory.ledger import Ledger
-    from autoglm_lab.memory.plan import Plan
+    from autoglm_lab.memory.planning.plan import Plan
+    from autoglm_lab.memory.planning.workload import Workload
     from autoglm_lab.memory.sampler import Sampler
-    from autoglm_lab.memory.workload import Workload
     from autoglm_lab.models.catalog import presets
     from autoglm_lab.opening import attach, connect, load, plan
     from autoglm_lab.policy import MemoryPolicy

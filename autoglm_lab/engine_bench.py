@@ -8,9 +8,9 @@ from typing import Any, Literal, Self
 from autoglm_lab.engine.protocol import ConversationInfo, Engine, Turn
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
-from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.memory.sampler import Sampler
-from autoglm_lab.memory.workload import Workload
 from autoglm_lab.modules import Modules
 from autoglm_lab.policy import MemoryPolicy
 

@@ -118,11 +118,14 @@ class AdmissionError(OutOfMemoryError):
 
     def __init__(self, phase: str, needed: int, had: int, remedies: Sequence[str] = ()) -> None:
         super().__init__(phase, needed, had, remedies)
-        advice = "; ".join(self.remedies) or "nothing in the policy frees enough: use a shorter prompt or a smaller image"
-        self.args = (
-            f"refused before it was tried: {phase} needs {format_bytes(needed)} more, and {format_bytes(had)} can be "
-            f"had. What would fit: {advice}. force=True tries it all the same",
+        advice = (
+            "; ".join(self.remedies) or "nothing in the policy frees enough: use a shorter prompt or a smaller image"
         )
+        message = (
+            f"refused before it was tried: {phase} needs {format_bytes(needed)} more, and {format_bytes(had)} can be "
+            f"had. What would fit: {advice}. force=True tries it all the same"
+        )
+        self.args = (message,)
 
 
 class EngineClosedError(LabError):

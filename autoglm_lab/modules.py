@@ -8,7 +8,7 @@ from typing import Literal
 
 from autoglm_lab.engine.protocol import Engine, ModuleInfo
 from autoglm_lab.errors import ModuleError
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.units import format_bytes
 
 

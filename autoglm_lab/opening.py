@@ -13,11 +13,11 @@ from autoglm_lab.engine.local import check_modules
 from autoglm_lab.errors import LabError, LoadError, PolicyError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
-from autoglm_lab.memory.device_constants import plan_device
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.plan_choice import Choice, choose
-from autoglm_lab.memory.planner import planner
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.device_constants import plan_device
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.plan_choice import Choice, choose
+from autoglm_lab.memory.planning.planner import planner
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
 from autoglm_lab.models.precision import convert, dtype_of, keep_in, made_in, precisions_of, spelled_out

@@ -8,17 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from autoglm_lab.engine.remote import RemoteEngine
-from autoglm_lab.engine.remote_feed import RATE, Feed
-from autoglm_lab.engine.remote_link import Link
-from autoglm_lab.engine.remote_peer import find_peer
+from autoglm_lab.engine.remote.engine import RemoteEngine
+from autoglm_lab.engine.remote.feed import RATE, Feed
+from autoglm_lab.engine.remote.link import Link
+from autoglm_lab.engine.remote.peer import find_peer
 from autoglm_lab.engine_bench import EngineBench
 from autoglm_lab.errors import EngineClosedError
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
-from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.memory.sampler import Sampler
-from autoglm_lab.memory.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
 _METRICS_HZ = 1.0

@@ -63,7 +63,7 @@ def scale_out(
 
 
 def _card(device: str | None) -> int | None:
-    from autoglm_lab.memory.device_constants import plan_device
+    from autoglm_lab.memory.planning.device_constants import plan_device
 
     try:
         found = plan_device(device or "cuda", None, None)

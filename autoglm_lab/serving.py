@@ -6,8 +6,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from autoglm_lab.errors import EngineClosedError
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.server.settings import check_settings
 from autoglm_lab.workbench import Workbench

@@ -23,19 +23,19 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.engine_bench import EngineBench
 from autoglm_lab.errors import EngineClosedError
 from autoglm_lab.memory.allocator_setting import expand_segments
-from autoglm_lab.memory.device_constants import PlanDevice, plan_device
-from autoglm_lab.memory.feature_store import FeatureStore
-from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.kv.feature_store import FeatureStore
+from autoglm_lab.memory.kv.kv_pool import KvPool
+from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
-from autoglm_lab.memory.page_format import PageFormat
 from autoglm_lab.memory.peak import PeakMeter
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.planner import planner
+from autoglm_lab.memory.planning.device_constants import PlanDevice, plan_device
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.planner import planner
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.memory.reclaim import Reclaimer
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.memory.snapshot import snapshot, write_snapshot
-from autoglm_lab.memory.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.dialogue import refuse_unfit
 from autoglm_lab.models.image_tokens import image_tokens, limit_image_tokens

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from autoglm_lab.memory.staging import CHUNK, LANES
+from autoglm_lab.memory.residency.staging import CHUNK, LANES
 
 _EVERY = 0.002
 _COPIES = 20
@@ -28,7 +28,7 @@ Figures = dict[str, float | None]
 def ours(folder: Path, device: torch.device) -> Figures:
     """Seconds until the weights are on the device and until one can chat; peaks."""
     from autoglm_lab.memory.accelerator import open_accelerator
-    from autoglm_lab.memory.residency import Residency
+    from autoglm_lab.memory.residency.residency import Residency
     from autoglm_lab.models.loading import resolve
     from autoglm_lab.opening import load
 

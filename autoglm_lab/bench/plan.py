@@ -22,11 +22,11 @@ from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.plan_models import made_up_processor, source
 from autoglm_lab.bench.plan_rows import PHONE, Setting
 from autoglm_lab.bench.report import Figure, Report
-from autoglm_lab.memory.cards import find_card
-from autoglm_lab.memory.device_constants import PlanDevice, plan_device
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.planner import Planner, planner
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.cards import find_card
+from autoglm_lab.memory.planning.device_constants import PlanDevice, plan_device
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.planner import Planner, planner
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.loading import Outline, outline
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
 PHONE, ARTICLE, QWEN, GEMMA = "autoglm-phone-9b", "autoglm-article", "qwen2.5-vl-3b", "gemma-3-4b"

@@ -11,7 +11,7 @@ from typing import Any
 from autoglm_lab.bench.prompts import said, screen, text_of, user
 from autoglm_lab.engine.protocol import Answer, MemoryEvent, Turn
 from autoglm_lab.errors import LabError
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.workbench import Workbench
 
 _CONVERSATIONS = 8

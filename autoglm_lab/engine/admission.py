@@ -1,7 +1,7 @@
 """Admission: what a turn will need is asked of the plan before it is tried, and what cannot fit is refused.
 
 What was not recorded of the model yet is recorded on a thread beside the engine, while no answer is under way; until
-then turns are let in. See `memory.planner`.
+then turns are let in. See `memory.planning.planner`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.request_estimate import Estimate, Request, estimate, remedies
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import AdmissionError
-from autoglm_lab.memory.device_constants import measured
-from autoglm_lab.memory.encoder_tapes import Medium, MediumInputs
-from autoglm_lab.memory.page_format import PAGE_TOKENS
-from autoglm_lab.memory.plan_record import PlanEntry, PlanErrors, PlanRecord
-from autoglm_lab.memory.plan_search import changes
-from autoglm_lab.memory.planner import Planner, planner
-from autoglm_lab.memory.step_work import RequestCost, UntracedError
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
+from autoglm_lab.memory.planning.device_constants import measured
+from autoglm_lab.memory.planning.encoder_tapes import Medium, MediumInputs
+from autoglm_lab.memory.planning.plan_record import PlanEntry, PlanErrors, PlanRecord
+from autoglm_lab.memory.planning.plan_search import changes
+from autoglm_lab.memory.planning.planner import Planner, planner
+from autoglm_lab.memory.planning.step_work import RequestCost, UntracedError
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.skeleton import skeleton

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from autoglm_lab.engine.lean_forward import LeanForward
-from autoglm_lab.memory import paged_kernels
-from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.kv import paged_kernels
+from autoglm_lab.memory.kv.kv_pool import KvPool
 
 
 class CompileAhead:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.messages import Message
 from autoglm_lab.engine.protocol import ConversationInfo
-from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.ledger import Row
 
 

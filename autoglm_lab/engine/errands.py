@@ -10,8 +10,8 @@ import torch
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import EngineClosedError
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.module_residency import ParkPlace
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.residency.module_residency import ParkPlace
+from autoglm_lab.memory.residency.move import Move
 
 
 class Errands:

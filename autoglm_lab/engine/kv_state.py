@@ -10,9 +10,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
 from autoglm_lab.errors import ContextLimitError
-from autoglm_lab.memory.kv_pool import KvPool, PagedSequence
-from autoglm_lab.memory.page_format import PAGE_TOKENS
-from autoglm_lab.memory.page_keys import page_keys
+from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
+from autoglm_lab.memory.kv.page_keys import page_keys
 
 
 class KvState:

@@ -34,7 +34,7 @@ from autoglm_lab.errors import (
 )
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
 
 Result = TypeVar("Result")

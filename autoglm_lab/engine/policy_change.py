@@ -6,7 +6,7 @@ from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import PolicyError
 from autoglm_lab.memory.allocator_setting import expand_segments
-from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.ledger import LedgerBook
 from autoglm_lab.models.image_tokens import limit_image_tokens
 from autoglm_lab.policy import MemoryPolicy

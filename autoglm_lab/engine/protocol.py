@@ -17,8 +17,8 @@ from autoglm_lab.engine.messages import Message
 from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
-from autoglm_lab.memory.module_info import ModuleInfo
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.residency.module_info import ModuleInfo
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes, format_seconds
 

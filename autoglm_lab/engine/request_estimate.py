@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autoglm_lab.engine.state import EngineState
-from autoglm_lab.memory.encoder_tapes import MediumInputs
-from autoglm_lab.memory.page_format import PAGE_TOKENS
-from autoglm_lab.memory.plan_search import changes
-from autoglm_lab.memory.planner import Planner
-from autoglm_lab.memory.step_work import Peak, RequestCost, UntracedError
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
+from autoglm_lab.memory.planning.encoder_tapes import MediumInputs
+from autoglm_lab.memory.planning.plan_search import changes
+from autoglm_lab.memory.planning.planner import Planner
+from autoglm_lab.memory.planning.step_work import Peak, RequestCost, UntracedError
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import MiB, format_bytes
 

@@ -14,13 +14,13 @@ from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event, EventKind
-from autoglm_lab.memory.feature_store import FeatureStore
-from autoglm_lab.memory.kv_pool import KvPool
+from autoglm_lab.memory.kv.feature_store import FeatureStore
+from autoglm_lab.memory.kv.kv_pool import KvPool
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
 from autoglm_lab.memory.ledger import Row
-from autoglm_lab.memory.page_format import PAGE_TOKENS
 from autoglm_lab.memory.peak import PeakMeter, PhasePeaks
 from autoglm_lab.memory.reclaim import Reclaimer
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.policy import MemoryPolicy
 

@@ -23,9 +23,9 @@ from autoglm_lab.engine.pieces import reads_in_pieces
 from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.errors import ConversationError
-from autoglm_lab.memory.kv_pool import PagedSequence
-from autoglm_lab.memory.paged_attention import decoder_configs, paged
-from autoglm_lab.memory.paged_cache import PagedCache
+from autoglm_lab.memory.kv.kv_pool import PagedSequence
+from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
+from autoglm_lab.memory.kv.paged_cache import PagedCache
 from autoglm_lab.schedule import prefill_chunks
 
 _NO_LIMIT = 1 << 60

@@ -22,8 +22,8 @@ from autoglm_lab.engine.request_estimate import Estimate
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.stop_strings import StopStrings
 from autoglm_lab.errors import ContextLimitError, LabError, OutOfMemoryError
-from autoglm_lab.memory.move import Move
 from autoglm_lab.memory.peak import PhasePeaks
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import GenerationPolicy, KvPolicy
 
 Steps = Generator[int, torch.Tensor, None]

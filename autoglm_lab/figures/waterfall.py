@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autoglm_lab.figures.figure import Figure, bars
-from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.planning.plan import Plan
 from autoglm_lab.units import GiB
 
 _KINDS = {

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from autoglm_lab.engine.wire import to_wire
 from autoglm_lab.errors import ContextLimitError
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.move import Move
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.server.request_error import RequestError
 from autoglm_lab.server.service import Service, service_of
@@ -32,7 +32,7 @@ class ParkRequest(BaseModel):
 
 
 class WorkloadRequest(BaseModel):
-    """How much is read and written, as `memory.workload.Workload` has it."""
+    """How much is read and written, as `memory.planning.workload.Workload` has it."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 

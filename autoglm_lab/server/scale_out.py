@@ -14,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from autoglm_lab.errors import LabError
-from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.catalog import presets
 from autoglm_lab.models.loading import Outline

@@ -10,8 +10,8 @@ from typing import Any, cast
 from starlette.requests import HTTPConnection
 
 from autoglm_lab.engine.local import LocalEngine
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.server.access import Role
 from autoglm_lab.server.dialogues import Dialogues

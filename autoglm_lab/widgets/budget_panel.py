@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autoglm_lab.memory.cards import USABLE
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.planning.cards import USABLE
 from autoglm_lab.units import GiB, exact_bytes
 from autoglm_lab.widgets.panel import Panel
 from autoglm_lab.widgets.settings import set_policy

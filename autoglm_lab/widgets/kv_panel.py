@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from autoglm_lab.engine.service_load import ServiceLoad
-from autoglm_lab.memory.page_format import PAGE_TOKENS, Precision
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, Precision
 from autoglm_lab.policy import KvPolicy
 from autoglm_lab.units import exact_bytes
 from autoglm_lab.widgets.panel import Panel

@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.memory.ledger import Row
-from autoglm_lab.memory.plan import Alternative, Plan
-from autoglm_lab.memory.plan_record import PlanErrors
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.plan import Alternative, Plan
+from autoglm_lab.memory.planning.plan_record import PlanErrors
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.units import MiB
 from autoglm_lab.widgets.palette import OUTSIDE_KINDS, colour_key, rank
 from autoglm_lab.widgets.panel import Panel

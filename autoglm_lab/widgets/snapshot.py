@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, Engine, ModuleInfo
-from autoglm_lab.engine.remote import RemoteEngine
+from autoglm_lab.engine.remote.engine import RemoteEngine
 from autoglm_lab.engine.service_load import ServiceLoad
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.ledger import Ledger
-from autoglm_lab.memory.page_format import PageFormat
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
 

@@ -21,7 +21,7 @@ from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.memory.reclaim import Reclaimer
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.memory.sampler import Sampler
 from autoglm_lab.models.loading import resolve
 from autoglm_lab.units import GiB, MiB

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from autoglm_lab.errors import LoadError
-from autoglm_lab.memory import reader, weights
-from autoglm_lab.memory.staging import Staging
+from autoglm_lab.memory.residency import reader, weights
+from autoglm_lab.memory.residency.staging import Staging
 from autoglm_lab.models.checkpoint import FileTensor, read_header
 
 DEVICE = torch.device("cuda:0")

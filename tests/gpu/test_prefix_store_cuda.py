@@ -9,8 +9,8 @@ import torch
 
 import autoglm_lab as lab
 from autoglm_lab.memory.accelerator import Accelerator
-from autoglm_lab.memory.kv_pool import KvPool
-from autoglm_lab.memory.page_format import PageFormat
+from autoglm_lab.memory.kv.kv_pool import KvPool
+from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.policy import KvPolicy
 
 SYSTEM = "You look at screens and answer briefly, as a careful person would do it. " * 12

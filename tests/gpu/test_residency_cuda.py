@@ -14,11 +14,11 @@ import transformers as tf
 
 from autoglm_lab.errors import ModuleError, OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
-from autoglm_lab.memory.cuda_slab import CudaSlab
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.pinned import PinnedBudget
-from autoglm_lab.memory.residency import Residency
-from autoglm_lab.memory.slab import HostSlab, SlabInUseError
+from autoglm_lab.memory.residency.cuda_slab import CudaSlab
+from autoglm_lab.memory.residency.pinned import PinnedBudget
+from autoglm_lab.memory.residency.residency import Residency
+from autoglm_lab.memory.residency.slab import HostSlab, SlabInUseError
 from autoglm_lab.models.loading import adopt, resolve
 from autoglm_lab.models.skeleton import model_class
 from autoglm_lab.policy import MemoryPolicy

@@ -15,7 +15,7 @@ def _plans_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Itera
     """What plans are compared with does not go to, nor come from, the user's cache folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autoglm_lab.memory.plan_record.cache_folder", lambda: folder)
+        patch.setattr("autoglm_lab.memory.planning.plan_record.cache_folder", lambda: folder)
         yield
 
 

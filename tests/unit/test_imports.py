@@ -46,7 +46,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 KERNELS = {
     "autoglm_lab.engine.norm_kernel",
-    "autoglm_lab.memory.paged_triton",
+    "autoglm_lab.memory.kv.paged_triton",
     "autoglm_lab.models.quantized_triton",
 }
 

@@ -9,7 +9,7 @@ import torch
 
 import autoglm_lab as lab
 from autoglm_lab.errors import PolicyError
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.quantized_linear import QuantizedLinear
 
 

@@ -17,7 +17,7 @@ from autoglm_lab.bench.plan import Outcome, Plans, landing
 from autoglm_lab.bench.plan_models import FAMILIES, made_up_processor
 from autoglm_lab.bench.plan_rows import GEMMA, PHONE, QWEN, Setting
 from autoglm_lab.bench.plan_worker import measure
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, MiB
 

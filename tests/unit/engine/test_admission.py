@@ -9,8 +9,8 @@ import pytest
 import autoglm_lab as lab
 from autoglm_lab.engine import admission as admission_file
 from autoglm_lab.errors import AdmissionError, OutOfMemoryError
-from autoglm_lab.memory.plan_record import PlanRecord
-from autoglm_lab.memory.traced_model import TracedModel
+from autoglm_lab.memory.planning.plan_record import PlanRecord
+from autoglm_lab.memory.planning.traced_model import TracedModel
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, MiB
 

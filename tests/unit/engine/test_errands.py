@@ -8,7 +8,7 @@ import pytest
 from autoglm_lab.engine.errands import Errands
 from autoglm_lab.errors import EngineClosedError, ModuleError
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.residency.move import Move
 
 
 class Module:

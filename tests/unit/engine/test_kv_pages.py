@@ -15,8 +15,8 @@ from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import ConversationError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.kv_pool import KvPool
-from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
+from autoglm_lab.memory.kv.kv_pool import KvPool
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.policy import KvPolicy
 
 SIZES: dict[str, Any] = {

@@ -11,9 +11,9 @@ from PIL import Image
 
 import autoglm_lab as lab
 from autoglm_lab.engine.protocol import MemoryEvent
-from autoglm_lab.memory.host_pages import HostPages
-from autoglm_lab.memory.page_format import PAGE_TOKENS
-from autoglm_lab.memory.prefix_store import PrefixStore
+from autoglm_lab.memory.kv.host_pages import HostPages
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
+from autoglm_lab.memory.kv.prefix_store import PrefixStore
 
 SYSTEM = "You look at screens and answer briefly, as a careful person would do it. " * 6
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import autoglm_lab as lab
-from autoglm_lab.engine import remote
 from autoglm_lab.engine.protocol import ReasoningDelta, TextDelta
+from autoglm_lab.engine.remote import engine as remote
 from autoglm_lab.engine.service_load import ServiceLoad
 from autoglm_lab.errors import (
     ConversationError,

@@ -13,8 +13,8 @@ from autoglm_lab.engine.prompt import MediaRun, Prompt
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import ContextLimitError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.kv_pool import KvPool
-from autoglm_lab.memory.page_format import PageFormat, Precision
+from autoglm_lab.memory.kv.kv_pool import KvPool
+from autoglm_lab.memory.kv.page_format import PageFormat, Precision
 from autoglm_lab.policy import KvPolicy
 
 IMAGE = 120

@@ -11,10 +11,10 @@ from autoglm_lab.engine.protocol import Answer, Capabilities, ConversationInfo, 
 from autoglm_lab.engine.wire import from_wire, to_wire
 from autoglm_lab.errors import PolicyError, WireError
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.ledger import Ledger, Row
-from autoglm_lab.memory.page_format import PageFormat
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
 WOKE = Event(12.5, "woke", "vision", 1 << 30, 0.032, "an image")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoglm_lab.memory import device_copy, residency
 from autoglm_lab.memory.accelerator import Accelerator
-from autoglm_lab.memory.mover import Arrival, Growth, Mover
-from autoglm_lab.memory.slab import HostSlab
+from autoglm_lab.memory.residency import device_copy, residency
+from autoglm_lab.memory.residency.mover import Arrival, Growth, Mover
+from autoglm_lab.memory.residency.slab import HostSlab
 
 
 class BusyDevice:

@@ -10,7 +10,7 @@ import torch
 
 from autoglm_lab.memory.accelerator import Accelerator, open_accelerator
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.models.loading import resolve
 from autoglm_lab.models.skeleton import model_class
 from autoglm_lab.policy import MemoryPolicy

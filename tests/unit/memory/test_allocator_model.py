@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from autoglm_lab.memory.allocator_model import AllocatorModel
-from autoglm_lab.memory.tape import Tape, TapeFamily
+from autoglm_lab.memory.planning.allocator_model import AllocatorModel
+from autoglm_lab.memory.planning.tape import Tape, TapeFamily
 from autoglm_lab.units import MiB
 
 

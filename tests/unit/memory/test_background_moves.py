@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from autoglm_lab.errors import ModuleError, OutOfMemoryError
-from autoglm_lab.memory import backing
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency import backing
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.policy import MemoryPolicy
 from tests.unit.memory.busy_device import BusyDevice, pretend
 from tests.unit.memory.conftest import Build, checksums, logits

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoglm_lab.memory.cards import USABLE, card_budget
+from autoglm_lab.memory.planning.cards import USABLE, card_budget
 from autoglm_lab.units import GiB
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from autoglm_lab.memory.feature_store import FeatureStore
+from autoglm_lab.memory.kv.feature_store import FeatureStore
 
 
 def features(value: float) -> torch.Tensor:

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import autoglm_lab as lab
 from autoglm_lab.errors import LoadError, OutOfMemoryError
-from autoglm_lab.memory import residency as residencies
-from autoglm_lab.memory import weights
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.first_load import Far, expected
-from autoglm_lab.memory.reader import Progress
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency import residency as residencies
+from autoglm_lab.memory.residency import weights
+from autoglm_lab.memory.residency.first_load import Far, expected
+from autoglm_lab.memory.residency.reader import Progress
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.models.skeleton import model_class
 from autoglm_lab.policy import MemoryPolicy
 from tests.unit.memory.busy_device import pretend

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from autoglm_lab.memory import paged_kernels
-from autoglm_lab.memory.page_format import PageFormat, PageStore
+from autoglm_lab.memory.kv import paged_kernels
+from autoglm_lab.memory.kv.page_format import PageFormat, PageStore
 
 
 @dataclass(frozen=True)

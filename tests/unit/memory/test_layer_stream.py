@@ -8,10 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from autoglm_lab.errors import LoadError, ModuleError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.host_rows import HostRows
-from autoglm_lab.memory.host_weights import HostWeights
-from autoglm_lab.memory.layer_stream import LayerStream
-from autoglm_lab.memory.pinned import PinnedBudget
+from autoglm_lab.memory.residency.host_rows import HostRows
+from autoglm_lab.memory.residency.host_weights import HostWeights
+from autoglm_lab.memory.residency.layer_stream import LayerStream
+from autoglm_lab.memory.residency.pinned import PinnedBudget
 from autoglm_lab.models.checkpoint import FileTensor
 from autoglm_lab.models.loading import adopt
 from autoglm_lab.models.placement import STAGES, HostPart, host_parts, host_share, saved_by, stage_bytes

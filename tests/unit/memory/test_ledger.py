@@ -7,7 +7,7 @@ import torch
 
 from autoglm_lab.memory.accelerator import Accelerator, Counters, Reading
 from autoglm_lab.memory.ledger import Ledger, LedgerBook, Row
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.units import GiB, MiB
 
 

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autoglm_lab.errors import LoadError
-from autoglm_lab.memory import packed_weights
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event
-from autoglm_lab.memory.packed_weights import rows_of
-from autoglm_lab.memory.residency import Residency
-from autoglm_lab.memory.weights import fill
+from autoglm_lab.memory.residency import packed_weights
+from autoglm_lab.memory.residency.packed_weights import rows_of
+from autoglm_lab.memory.residency.residency import Residency
+from autoglm_lab.memory.residency.weights import fill
 from autoglm_lab.models.loading import resolve
 from autoglm_lab.models.precision import keep_in
 from autoglm_lab.models.quantized_linear import QuantizedEmbedding, QuantizedLinear

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from autoglm_lab.memory.page_keys import page_keys
+from autoglm_lab.memory.kv.page_keys import page_keys
 
 
 def test_a_page_inside_a_block_is_shared_only_with_the_rest_of_the_block() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from autoglm_lab.memory import paged_kernels
-from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat, PageStore, Precision
+from autoglm_lab.memory.kv import paged_kernels
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat, PageStore, Precision
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

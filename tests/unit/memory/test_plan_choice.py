@@ -4,10 +4,10 @@ from itertools import product
 
 import pytest
 
-from autoglm_lab.memory.device_constants import plan_device
-from autoglm_lab.memory.plan_choice import SPARE, Choice, choose
-from autoglm_lab.memory.planner import Planner, planner
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.device_constants import plan_device
+from autoglm_lab.memory.planning.plan_choice import SPARE, Choice, choose
+from autoglm_lab.memory.planning.planner import Planner, planner
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.loading import Outline, outline
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, format_bytes

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from autoglm_lab.memory import plan_record
-from autoglm_lab.memory.device_constants import PlanDevice, corrected
-from autoglm_lab.memory.plan_record import MOST_LINES, PlanEntry, PlanRecord
+from autoglm_lab.memory.planning import plan_record
+from autoglm_lab.memory.planning.device_constants import PlanDevice, corrected
+from autoglm_lab.memory.planning.plan_record import MOST_LINES, PlanEntry, PlanRecord
 from autoglm_lab.units import MiB
 
 ENTRY = PlanEntry(

@@ -9,12 +9,12 @@ import torch
 
 import autoglm_lab as lab
 from autoglm_lab.errors import LabError
-from autoglm_lab.memory.allocator_model import AllocatorModel
-from autoglm_lab.memory.device_constants import plan_device
-from autoglm_lab.memory.page_format import PageFormat
-from autoglm_lab.memory.planner import Planner, planner
-from autoglm_lab.memory.traced_model import TracedModel
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.kv.page_format import PageFormat
+from autoglm_lab.memory.planning.allocator_model import AllocatorModel
+from autoglm_lab.memory.planning.device_constants import plan_device
+from autoglm_lab.memory.planning.planner import Planner, planner
+from autoglm_lab.memory.planning.traced_model import TracedModel
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.catalog import preset
 from autoglm_lab.models.loading import outline
 from autoglm_lab.policy import MemoryPolicy

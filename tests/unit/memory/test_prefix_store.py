@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.host_pages import HostPages
-from autoglm_lab.memory.kv_pool import KvPool
-from autoglm_lab.memory.page_format import PAGE_TOKENS, PageFormat
-from autoglm_lab.memory.prefix_store import PrefixStore
+from autoglm_lab.memory.kv.host_pages import HostPages
+from autoglm_lab.memory.kv.kv_pool import KvPool
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
+from autoglm_lab.memory.kv.prefix_store import PrefixStore
 from autoglm_lab.policy import KvPolicy
 
 

@@ -13,7 +13,7 @@ from autoglm_lab.errors import LoadError, ModuleError, ModuleOffError, OutOfMemo
 from autoglm_lab.memory.accelerator import Accelerator, open_accelerator
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import LedgerBook
-from autoglm_lab.memory.residency import Residency, in_memory
+from autoglm_lab.memory.residency.residency import Residency, in_memory
 from autoglm_lab.models.loading import adopt, resolve
 from autoglm_lab.models.skeleton import model_class
 from autoglm_lab.policy import MemoryPolicy

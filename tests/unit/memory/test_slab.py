@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from autoglm_lab.memory.slab import ALIGNMENT, HostSlab, SlabInUseError, lay_out, views_of
+from autoglm_lab.memory.residency.slab import ALIGNMENT, HostSlab, SlabInUseError, lay_out, views_of
 
 
 def test_a_slab_is_whole_pages_and_can_be_taken_again() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from autoglm_lab.memory import weights
+from autoglm_lab.memory.residency import weights
 from autoglm_lab.models.checkpoint import read_header
 from autoglm_lab.models.tensor_sources import DummyTensor
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from autoglm_lab.errors import LoadError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.residency import Residency
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.models.anatomy import named_tensors
 from autoglm_lab.models.checkpoint import FileTensor
 from autoglm_lab.models.loading import Resolved, adopt, resolve

@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 
 import autoglm_lab as lab
-from autoglm_lab.memory.workload import Workload
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models import catalog
 from autoglm_lab.models.loading import resolve
 from autoglm_lab.models.location import processor_of

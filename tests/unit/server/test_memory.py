@@ -13,7 +13,7 @@ from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleIn
 from autoglm_lab.engine.wire import from_wire
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger
-from autoglm_lab.memory.plan import Plan
+from autoglm_lab.memory.planning.plan import Plan
 from tests.unit.server.payloads import user
 
 

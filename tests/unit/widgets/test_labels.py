@@ -7,7 +7,7 @@ import pytest
 
 import autoglm_lab.widgets.dashboard  # noqa: F401 -- defines every panel
 from autoglm_lab.memory.events import EventKind
-from autoglm_lab.memory.page_format import Precision
+from autoglm_lab.memory.kv.page_format import Precision
 from autoglm_lab.policy import KvPolicy, Overflow
 from autoglm_lab.widgets.labels import LANGS, labels_of
 from autoglm_lab.widgets.panel import Panel

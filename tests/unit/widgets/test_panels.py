@@ -6,10 +6,10 @@ import time
 import pytest
 
 from autoglm_lab.errors import ModuleError
-from autoglm_lab.memory.cards import card_budget
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger, Row
-from autoglm_lab.memory.move import Move
+from autoglm_lab.memory.planning.cards import card_budget
+from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.widgets.budget_panel import BudgetPanel, cards
 from autoglm_lab.widgets.dashboard import Dashboard

@@ -4,8 +4,8 @@ import pytest
 
 import autoglm_lab as lab
 from autoglm_lab.errors import AdmissionError
-from autoglm_lab.memory.plan import Plan
-from autoglm_lab.memory.plan_record import PlanErrors
+from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.plan_record import PlanErrors
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.widgets.labels import labels_of
 from autoglm_lab.widgets.plan_panel import context_steps, difference

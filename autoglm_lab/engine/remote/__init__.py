@@ -1,0 +1,1 @@
+"""An engine behind an OpenAI-compatible endpoint."""

@@ -1,0 +1,1 @@
+"""Keys and values in pages, and what is kept of them between turns."""

@@ -1,0 +1,299 @@
+"""What a model will need, before anything is loaded: the peak of every phase by the rows of the ledger.
+
+Weights come from the skeleton, keys and values from the pool's own arithmetic, activations from a trace of the model's
+own code on tensors without data (`activations`), the rest from constants of the device (`device_constants`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from autoglm_lab.memory.kv.host_prefetch import stage_width
+from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
+from autoglm_lab.memory.planning.activations import Activations, captured_batches
+from autoglm_lab.memory.planning.device_constants import PlanDevice
+from autoglm_lab.memory.planning.encoder_tapes import Medium, MediumInputs
+from autoglm_lab.memory.planning.plan import PhasePlan, Plan, PlannedPhase, PlanRow
+from autoglm_lab.memory.planning.plan_search import alternatives
+from autoglm_lab.memory.planning.planned_weights import PlannedWeights, SplitWeights
+from autoglm_lab.memory.planning.step_work import Peak, RequestCost, Steps, Work
+from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.models.image_tokens import resized
+from autoglm_lab.models.loading import Outline
+from autoglm_lab.models.precision import precisions_of
+from autoglm_lab.policy import MemoryPolicy
+
+_CHUNK = 2 << 20
+_GRAIN = 512
+_NEEDS: dict[Medium, str] = {"vision": "images", "audio": "audio_seconds"}
+
+
+class Planner:
+    """Predicts for one model and kind of device.
+
+    Making one reads shapes only. The first `plan` traces the model's code, which takes a second or two; later ones
+    evaluate what was learnt, in some milliseconds.
+
+    Args:
+        outline: the model without weights.
+        device: where it is to run.
+    """
+
+    def __init__(self, outline: Outline, device: PlanDevice) -> None:
+        self.name, self.dtype, self.device = outline.name, outline.dtype, device
+        self._model: PreTrainedModel = outline.model
+        self._weights = PlannedWeights(self._model, device.kind)
+        self._pages = PageFormat.of(self._model.config, self.dtype)
+        self._activations = Activations(outline, device.kind)
+        self._processor = outline.processor
+
+    def of(self, device: PlanDevice) -> Planner:
+        """The same model on another device of the same kind; what was learnt is kept."""
+        other = object.__new__(Planner)
+        other.__dict__.update(self.__dict__)
+        other.device = device
+        return other
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return self._weights.modules
+
+    def plan(self, policy: MemoryPolicy, workload: Workload, *, search: bool = True) -> Plan:
+        """The plan of a workload under a policy.
+
+        Args:
+            search: also look for alternatives where it does not fit.
+        """
+        steps, notes = self._request(policy, workload)
+        phases = self._phases(policy, workload, steps)
+        limit = self.device.free if policy.budget is None else min(policy.budget, self.device.free)
+        plan = Plan(
+            model=self.name,
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=self.device.name,
+            policy=policy,
+            workload=workload,
+            limit=limit,
+            phases=phases,
+            notes=(*notes, *self._activations.notes, *self._notes()),
+            estimated=self.device.estimated,
+            host_needed=self._on_host(policy, workload, steps),
+            host_limit=self.device.host_free,
+        )
+        if plan.fits or not search:
+            return plan
+        return replace(plan, alternatives=alternatives(self, plan))
+
+    def request(
+        self,
+        policy: MemoryPolicy,
+        *,
+        prompt: int,
+        kept: int,
+        chunks: Sequence[tuple[int, int]],
+        batch: int = 1,
+        media: Sequence[MediumInputs] = (),
+        before_trace: Callable[[], None] | None = None,
+    ) -> RequestCost:
+        """What one real request needs, whose prompt and media are known.
+
+        Args:
+            prompt: tokens of the prompt, those included that are in the cache already.
+            kept: most tokens in the cache at its end.
+            chunks: the spans of the prompt that are read.
+            batch: conversations that answer together, this one included.
+            media: what is encoded for it.
+            before_trace: called before each recording; None: nothing is recorded.
+
+        Raises:
+            UntracedError: something would have to be recorded first.
+        """
+        form = self._form(policy)
+        graphs = self.device.kind == "cuda" and policy.kv.graphs and form is not None
+        steps = Steps(form, prompt, kept, policy.kv.chunk, batch, graphs, tuple(chunks))
+        work = self._activations.request(steps, media, before_trace)
+        on_host = policy.kv.place == "host" and self.device.kind == "cuda"
+        read, all_kept = (0 if on_host else self._in_chunks(self._kv(steps, tokens)) for tokens in (prompt, kept))
+        return RequestCost(work, read, all_kept)
+
+    def kv_tokens(self, policy: MemoryPolicy) -> int | None:
+        """Most tokens of one conversation that the policy allows; None: as many as the model takes."""
+        kv, form = policy.kv, self._form(policy)
+        limits = [] if kv.max_tokens is None else [kv.max_tokens]
+        if kv.max_bytes is not None and form is not None:
+            limits.append(kv.max_bytes // self._stride(form) * PAGE_TOKENS)
+        return min(limits, default=None)
+
+    def passing(self, policy: MemoryPolicy) -> int:
+        """Bytes of weights that pass the bus for every token."""
+        return self._weights.split(policy.placement.host_bytes).passing
+
+    # phases
+
+    def _phases(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> tuple[PhasePlan, ...]:
+        if policy.max_image_tokens is not None and workload.images:
+            size = resized(self._processor(), workload.image_size, policy.max_image_tokens)
+            workload = replace(workload, image_size=size)
+        media = self._media(workload)
+        weights = self._weights.split(policy.placement.host_bytes)
+        kept = [name for name in weights.slabs if name not in _NEEDS or _residency(policy, name) == "keep"]
+        needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]
+        work = self._activations.work(steps, workload, media)
+        idle = self._kv(steps, steps.kept) * (workload.conversations - 1)
+        phases = [self._phase("load", weights, kept, self._fixed(loading=True))]
+        if work.encode is not None:
+            rows = self._kv_rows(policy, idle, "KV, other conversations")
+            phases.append(self._phase("encode", weights, needed, [*self._fixed(), *rows, *_work(work.encode)]))
+        own = [PlanRow("KV", "kv", work.own_cache * workload.conversations, "transformers' own cache")]
+        rows = own if steps.form is None else self._kv_rows(policy, idle + self._kv(steps, steps.prompt))
+        rows = [*self._fixed(), *rows, *_encoder_rows(work.features), *_work(work.prefill)]
+        phases.append(self._phase("prefill", weights, needed, rows))
+        written = self._kv(steps, steps.kept) * workload.conversations
+        rows = own if steps.form is None else self._kv_rows(policy, written)
+        rows = [*self._fixed(), *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
+        rows += [*self._graph_rows(policy, steps, work), *_work(work.decode)]
+        rows += [
+            PlanRow(name, "weights", weights.slabs[name], "goes where memory is short, or when its time is over", True)
+            for name in needed
+            if name not in kept
+        ]
+        phases.append(self._phase("decode", weights, kept, rows))
+        return tuple(phases)
+
+    def _phase(self, name: PlannedPhase, weights: SplitWeights, modules: list[str], rows: list[PlanRow]) -> PhasePlan:
+        counts = f"weights in {str(self.dtype).removeprefix('torch.')}"
+        slabs = [PlanRow(one, "weights", size, counts) for one, size in weights.slabs.items() if one in modules]
+        stages = PlanRow("text stages", "weights", weights.stages, "where parts of layers come to from the host")
+        return PhasePlan(name, tuple(row for row in (*slabs, stages, *rows) if row.nbytes))
+
+    def _fixed(self, *, loading: bool = False) -> list[PlanRow]:
+        device, grown = self.device, self.device.loaded if loading else self.device.working
+        told = "measured on another kind of device" if device.estimated else "as measured on this kind of device"
+        return [
+            PlanRow("workspaces", "owner", device.workspaces, f"kept by cuBLAS, {told}"),
+            PlanRow("context", "context", device.context, f"the process before it holds anything, {told}"),
+            PlanRow("driver growth", "context", grown, f"kernels and streams, {told}"),
+            PlanRow("unattributed", "unattributed", device.leftovers, "what no owner answers for, as it is now"),
+        ]
+
+    def _graph_rows(self, policy: MemoryPolicy, steps: Steps, work: Work) -> list[PlanRow]:
+        if not steps.graphs or steps.form is None:
+            return []
+        on_host = policy.kv.place == "host"
+        stage = stage_width(steps.kept) * self._stride(replace(steps.form, layers=1))
+        stages = sum(2 * rows * stage for rows in captured_batches(steps.batch)) if on_host else 0
+        return [
+            PlanRow("decode graphs", "owner", work.graphs, "working memory of captured decode steps"),
+            PlanRow("decode graphs' page", "owner", 0 if on_host else self._stride(steps.form), "of their empty rows"),
+            PlanRow("KV stages", "owner", stages, "one layer of every row, while the next one comes from the host"),
+        ]
+
+    # parts
+
+    def _request(self, policy: MemoryPolicy, workload: Workload) -> tuple[Steps, list[str]]:
+        notes: list[str] = []
+        limits = [self.kv_tokens(policy), self._context_tokens()]
+        limit = min((one for one in limits if one is not None), default=None)
+        prompt, kept = workload.context, workload.context + workload.new_tokens
+        if limit is not None and kept > limit:
+            if policy.kv.overflow == "refuse" and limits[0] == limit:
+                notes.append(f"kv.overflow 'refuse' will refuse this: {kept:,} tokens are more than {limit:,}")
+            else:
+                notes.append(f"{kept:,} tokens are more than the {limit:,} that may be kept: it is cut to that")
+            kept, prompt = limit, min(prompt, limit)
+        for name, field in _NEEDS.items():
+            if getattr(workload, field) and name not in self.modules:
+                notes.append(f"this model has no {name}: {field.split('_')[0]} of the workload are left out")
+            elif getattr(workload, field) and _residency(policy, name) == "off":
+                notes.append(f"a request with {field.split('_')[0]} is refused: the policy keeps {name} off")
+        chunk = policy.kv.chunk
+        if policy.kv.overflow == "window" and self.kv_tokens(policy) is not None:
+            chunk = max(1, min(chunk, (kept - policy.kv.sinks) // 2))
+        form = self._form(policy)
+        graphs = self.device.kind == "cuda" and policy.kv.graphs and form is not None
+        return Steps(form, prompt, kept, chunk, workload.conversations, graphs), notes
+
+    def _media(self, workload: Workload) -> list[Medium]:
+        return [name for name, field in _NEEDS.items() if getattr(workload, field) and name in self.modules]
+
+    def _form(self, policy: MemoryPolicy) -> PageFormat | None:
+        return None if self._pages is None else self._pages.at(policy.kv.precision)
+
+    def _stride(self, form: PageFormat) -> int:
+        grain = _GRAIN if self.device.kind == "cuda" else 4096
+        return -(-form.nbytes // grain) * grain
+
+    def _kv(self, steps: Steps, tokens: int) -> int:
+        """Bytes of one conversation's keys and values in pages."""
+        return 0 if steps.form is None else -(-tokens // PAGE_TOKENS) * self._stride(steps.form)
+
+    def _in_chunks(self, nbytes: int) -> int:
+        return -(-nbytes // _CHUNK) * _CHUNK if self.device.kind == "cuda" else nbytes
+
+    def _on_host(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> int:
+        """Bytes of the host beside a GPU: keys and values, weights that stay there, copies of modules that come off."""
+        if self.device.kind == "cpu":
+            return 0
+        kv = self._kv(steps, steps.kept) * workload.conversations if policy.kv.place == "host" else 0
+        weights = self._weights.split(policy.placement.host_bytes)
+        parts = [(nbytes, policy.module(name)) for name, nbytes in weights.slabs.items()]
+        return (
+            kv
+            + weights.on_host
+            + sum(nbytes for nbytes, part in parts if part.residency != "keep" and part.park_to != "disk")
+        )
+
+    def _kv_rows(self, policy: MemoryPolicy, nbytes: int, name: str = "KV") -> list[PlanRow]:
+        on_host = policy.kv.place == "host" and self.device.kind == "cuda"
+        nbytes = self._in_chunks(nbytes)
+        return [] if on_host or not nbytes else [PlanRow(name, "kv", nbytes, "keys and values in whole pages")]
+
+    def _context_tokens(self) -> int | None:
+        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = ["training is not planned"]
+        if self.device.estimated:
+            notes.append("estimated: context, workspaces and kernels were measured on another kind of device")
+        return tuple(notes)
+
+
+_known: dict[tuple[str, str, str, str], Planner] = {}
+_MOST_KNOWN = 4
+
+
+def planner(outline: Outline, device: PlanDevice) -> Planner:
+    """The planner of a model on a kind of device; what an earlier one of the same shapes has learnt is used again."""
+    precisions = json.dumps(precisions_of(outline.model), sort_keys=True)
+    key = outline.model.config.to_json_string(use_diff=False), str(outline.dtype), device.kind, precisions
+    found = _known.pop(key, None)
+    if found is None:
+        found = Planner(outline, device)
+        while len(_known) >= _MOST_KNOWN:
+            del _known[next(iter(_known))]
+    _known[key] = found
+    named = found.of(device)
+    named.name = outline.name
+    return named
+
+
+def _residency(policy: MemoryPolicy, name: str) -> str:
+    return policy.module(name).residency
+
+
+def _encoder_rows(nbytes: int) -> list[PlanRow]:
+    return [PlanRow("encoder outputs", "owner", nbytes, "what the encoders gave for the images and sounds")]
+
+
+def _work(peak: Peak) -> list[PlanRow]:
+    return [
+        PlanRow("activations", "activations", peak.allocated, "tensors of a step, traced on the model's own code"),
+        PlanRow("allocator cache", "allocator cache", peak.cached, "what the allocator holds around them"),
+        PlanRow(
+            "left in the cache", "allocator cache", peak.left, "of earlier phases; goes where memory is short", True
+        ),
+    ]

@@ -1,0 +1,1 @@
+"""Where the weights of each module are, and moving them."""
