@@ -85,12 +85,12 @@ def load(
     )
     precisions = spelled_out(quantize, [spec.name for spec in anatomy(resolved.model)])
     policy = policy.replace(modules={name: {"precision": one} for name, one in precisions.items()})
+    choice = _chosen_for(resolved, policy, workload or Workload(), accelerator) if auto else None
+    policy = policy if choice is None else choice.policy
     keep_in(resolved, policy.precisions())
-    if not auto:
-        return Workbench(resolved, policy, accelerator=accelerator, progress=progress)
-    choice = _chosen_for(resolved, policy, workload or Workload(), accelerator)
-    workbench = Workbench(resolved, choice.policy, accelerator=accelerator, progress=progress)
-    workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
+    workbench = Workbench(resolved, policy, accelerator=accelerator, progress=progress)
+    if choice is not None:
+        workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
     return workbench
 
 

@@ -152,13 +152,13 @@ export default panel({
     function alternative(one) {
       const costs = one.costs.map((cost) => ui.t(`cost ${cost}`)).join("; ");
       const apply = button(ui.t("apply"), {
-        title: ui.t("apply hint", { change: one.change }),
+        title: one.reload ? ui.t("reload hint", { change: one.change }) : ui.t("apply hint", { change: one.change }),
         onClick: () => {
           apply.disabled = true;
           ui.send("apply", { change: one.change });
         },
       });
-      apply.disabled = ui.busy(`apply ${one.change}`) || !state.control;
+      apply.disabled = one.reload || ui.busy(`apply ${one.change}`) || !state.control;
       return h(
         "div",
         { class: "algm-alternative", "data-fits": String(one.fits) },

@@ -82,11 +82,12 @@ def alternative(plan: Plan, one: Alternative) -> dict[str, Any]:
     """One alternative: the settings that differ as people write them, and what kinds of cost they have."""
     return {
         "change": one.change,
-        "costs": sorted(_costs(difference(plan.policy, one.policy))),
+        "costs": sorted(set(_costs(difference(plan.policy, one.policy)))),
         "lossy": one.lossy,
         "nbytes": one.nbytes,
         "frees": one.frees,
         "fits": one.fits,
+        "reload": one.reload,
     }
 
 
@@ -107,7 +108,8 @@ def context_steps(context: int | None, new_tokens: int) -> list[int]:
 
 def _costs(changes: Mapping[str, Any]) -> Iterable[str]:
     for name, settings in changes.get("modules", {}).items():
-        yield f"{settings['residency']} {name}"
+        yield "weights" if "precision" in settings else f"{settings['residency']} {name}"
+    yield from changes.get("placement", {})
     kinds = ("precision", "max_tokens", "chunk", "place", "graphs", "encoder_bytes")
     yield from (kind for kind in kinds if kind in changes.get("kv", {}))
 

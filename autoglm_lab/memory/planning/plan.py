@@ -72,6 +72,7 @@ class Alternative:
         nbytes: what the largest phase needs under it.
         frees: bytes less than under the policy that was asked for.
         fits: whether it fits the limit.
+        reload: whether it counts when a model is loaded, not on one that is open.
     """
 
     policy: MemoryPolicy
@@ -81,6 +82,7 @@ class Alternative:
     nbytes: int
     frees: int
     fits: bool
+    reload: bool = False
 
 
 @dataclass(frozen=True, repr=False)

@@ -20,6 +20,7 @@ from autoglm_lab.memory.planning.plan import Plan
 from autoglm_lab.memory.planning.plan_search import host_bytes
 from autoglm_lab.memory.planning.planner import Planner
 from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.models.precision import MIXED
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes
 
@@ -104,7 +105,7 @@ def choose(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Choice
                 return _chosen(planner, plan, (quality, *way), plain)
         found = _with_layers_on_host(planner, policy, workload, quality, frugal)
         if found is not None:
-            return _chosen(planner, *found, plain)
+            return _chosen(planner, *found, plain, _faster(planner, policy, workload, quality, frugal))
     raise AssertionError("the leanest policy fits and is one of those that were tried")
 
 
@@ -141,7 +142,21 @@ def _with_layers_on_host(
     return plan, chosen
 
 
-def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Plan) -> Choice:
+def _faster(
+    planner: Planner, policy: MemoryPolicy, workload: Workload, quality: _Option, frugal: Sequence[_Way]
+) -> str:
+    """What would do without layers on the host, for who takes rounded weights."""
+    for name, precisions in MIXED.items():
+        modules = {module: {"precision": one} for module, one in precisions.items() if module in planner.modules}
+        rounded = policy.replace(modules=modules)
+        if not planner.can_keep(rounded):
+            continue
+        if any(_fits(_of(planner, rounded, (quality, *way), workload)) for way in frugal):
+            return f" Faster, but lossy: quantize={name!r} needs no layers on the host."
+    return ""
+
+
+def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Plan, faster: str = "") -> Choice:
     used = [option for option in options if option.settings]
     bound = _bound(planner, plan)
     if bound is not None:
@@ -157,7 +172,9 @@ def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Pla
     else:
         missing = _missing(plain)
         cost = "; ".join(option.costs for option in used)
-        second = f"Nothing that costs less fits: without it {format_bytes(missing)} are missing. It costs: {cost}."
+        second = (
+            f"Nothing that costs less fits: without it {format_bytes(missing)} are missing. It costs: {cost}.{faster}"
+        )
     return _told(plan, first, second)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoglm_lab.memory.planning.plan import Alternative, Plan
 from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.models.precision import MIXED
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes
 
@@ -69,6 +70,7 @@ def _tried(planner: Planner, plan: Plan, chosen: tuple[Change, ...]) -> tuple[Al
         nbytes=nbytes,
         frees=plan.largest.needed - nbytes,
         fits=other.fits,
+        reload=(policy.placement, policy.precisions()) != (plan.policy.placement, plan.policy.precisions()),
     ), sum(4**change.rank for change in chosen)
 
 
@@ -94,7 +96,14 @@ def _of_modules(planner: Planner, policy: MemoryPolicy, workload: Workload) -> I
 
 
 def _of_layers(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
-    """As many bytes of layers on the host as are missing."""
+    """Weights in fewer bits, and as many bytes of layers on the host as are missing."""
+    for name, precisions in MIXED.items():
+        modules = {module: one for module, one in precisions.items() if module in planner.modules}
+        if any(policy.module(module).precision != "model" for module in modules):
+            continue
+        settings = {"modules": {module: {"precision": one} for module, one in modules.items()}}
+        if planner.can_keep(policy.replace(**settings)):
+            yield _setting(settings, f"quantize={name!r}", "weights are rounded (lossy)", 3)
     asked = host_bytes(planner, policy, workload, spare=0.0)
     if asked is not None:
         written = f"placement.host_bytes={format_bytes(asked)}"

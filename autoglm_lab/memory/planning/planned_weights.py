@@ -1,7 +1,8 @@
-"""Bytes of a model's weights by module, whole on the device or partly on the host."""
+"""Bytes of a model's weights by module: in any precision, whole on the device or partly on the host."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from autoglm_lab.memory.residency.slab import lay_out
 from autoglm_lab.models.anatomy import anatomy, named_tensors
 from autoglm_lab.models.placement import host_share, stage_bytes
+from autoglm_lab.models.precision import convert, made_in, precisions_of
+from autoglm_lab.models.skeleton import skeleton
+from autoglm_lab.policy import MemoryPolicy
 
 _GRAINS = {"cuda": 2 << 20, "cpu": 4096}
 
@@ -43,13 +47,29 @@ class PlannedWeights:
         self._names = {spec.name: spec.tensors for spec in anatomy(model)}
         whole = {name: self._slab(tensors) for name, tensors in self._names.items()}
         self._splits = {0: SplitWeights(whole, 0, 0, 0)}
+        self._others: dict[str, PlannedWeights] = {}
 
     @property
     def modules(self) -> tuple[str, ...]:
         return tuple(self._names)
 
-    def split(self, host_bytes: int) -> SplitWeights:
-        """The weights under ``placement.host_bytes``."""
+    def under(self, policy: MemoryPolicy) -> SplitWeights:
+        """The weights as a policy keeps them, in its precision and at its place.
+
+        Raises:
+            LoadError: the model's layers cannot be kept in that precision.
+        """
+        precisions = policy.precisions()
+        if precisions == precisions_of(self._model):
+            return self._split(policy.placement.host_bytes)
+        key = json.dumps(precisions, sort_keys=True)
+        if key not in self._others:
+            model = skeleton(self._model.config, made_in(self._model))
+            convert(model, precisions)
+            self._others[key] = PlannedWeights(model, self._kind)
+        return self._others[key].under(policy)
+
+    def _split(self, host_bytes: int) -> SplitWeights:
         if self._kind == "cpu":
             host_bytes = 0
         if host_bytes not in self._splits:

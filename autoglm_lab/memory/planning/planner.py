@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
+from autoglm_lab.errors import LoadError
 from autoglm_lab.memory.kv.host_prefetch import stage_width
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.planning.activations import Activations, captured_batches
@@ -128,9 +129,17 @@ class Planner:
             limits.append(kv.max_bytes // self._stride(form) * PAGE_TOKENS)
         return min(limits, default=None)
 
+    def can_keep(self, policy: MemoryPolicy) -> bool:
+        """Whether the model's layers can be kept in the precision of a policy."""
+        try:
+            self._weights.under(policy)
+        except LoadError:
+            return False
+        return True
+
     def passing(self, policy: MemoryPolicy) -> int:
         """Bytes of weights that pass the bus for every token."""
-        return self._weights.split(policy.placement.host_bytes).passing
+        return self._weights.under(policy).passing
 
     # phases
 
@@ -139,7 +148,7 @@ class Planner:
             size = resized(self._processor(), workload.image_size, policy.max_image_tokens)
             workload = replace(workload, image_size=size)
         media = self._media(workload)
-        weights = self._weights.split(policy.placement.host_bytes)
+        weights = self._weights.under(policy)
         kept = [name for name in weights.slabs if name not in _NEEDS or _residency(policy, name) == "keep"]
         needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]
         work = self._activations.work(steps, workload, media)
@@ -239,7 +248,7 @@ class Planner:
         if self.device.kind == "cpu":
             return 0
         kv = self._kv(steps, steps.kept) * workload.conversations if policy.kv.place == "host" else 0
-        weights = self._weights.split(policy.placement.host_bytes)
+        weights = self._weights.under(policy)
         parts = [(nbytes, policy.module(name)) for name, nbytes in weights.slabs.items()]
         return (
             kv

@@ -58,6 +58,8 @@ def test_what_the_card_cannot_hold_stays_on_the_host_and_no_more_of_it(phone, ca
     predict = planner(phone, plan_device(None, choice.policy.budget, None))
     assert predict.plan(fewer, PHONE_STEP, search=False).largest.needed > choice.plan.limit * (1 - SPARE)
     assert f"{format_bytes(predict.passing(choice.policy))} of the layers come from the host" in choice.why
+    faster = {"16GiB": "quantize='int8' needs no", "12GiB": "quantize='int4' needs no", "8GiB": "slow"}[card]
+    assert faster in choice.why.splitlines()[1].split(". ")[-1]
     stages = [row.nbytes for row in choice.plan.largest.rows if row.name == "text stages"]
     assert len(stages) == 1
     assert choice.plan.host_needed >= predict.passing(choice.policy)

@@ -205,6 +205,19 @@ def test_what_does_not_fit_says_what_would(phone):
     assert "does not fit: " in str(small) and "missing" in str(small)
 
 
+def test_a_model_that_a_card_cannot_hold_is_offered_layers_on_the_host_or_fewer_bits(phone):
+    plan = phone.plan(MemoryPolicy(modules={"vision": "off"}, budget="11GiB"), Workload(context=2048))
+    by_change = {one.change: one for one in plan.alternatives}
+    assert by_change["quantize='int8'"].fits and by_change["quantize='int8'"].lossy
+    (on_host,) = [one for change, one in by_change.items() if change.startswith("placement.host_bytes=")]
+    assert on_host.fits and not on_host.lossy
+    assert on_host.reload and by_change["quantize='int8'"].reload
+    whole = phone.plan(
+        plan.policy.replace(modules={"text": {"precision": "int8"}, "head": {"precision": "int8"}}), Workload()
+    )
+    assert whole["load"].of("text") < 0.53 * plan["load"].of("text")
+
+
 def test_a_plan_shows_as_text_html_and_json(phone):
     plan = lab.plan("autoglm-phone-9b", **H200, images=1, image_size=(336, 336))
     assert str(plan).startswith("autoglm-phone-9b fits: ")
