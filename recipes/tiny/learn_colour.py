@@ -39,8 +39,8 @@ def correct(wb: Any, count: int, seed: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dialogues", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=120, help="of 16 dialogues")
+    parser.add_argument("--dialogues", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=250, help="of 16 dialogues")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--count", type=int, default=256, help="held-out dialogues a task; 0 leaves the old tasks out")
     parser.add_argument("--seed", type=int, default=7)

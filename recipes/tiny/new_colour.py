@@ -28,8 +28,8 @@ WORDS: Final = {"en": ("brown",), "zh": ("棕色", "棕")}
 # Hue in degrees and its spread, then the ranges of saturation and value: a dark orange.
 SHADE: Final = (22.0, 6.0, (0.55, 0.8), (0.3, 0.5))
 # Of 100 dialogues: taps on the new colour, other taps on screens that show it, and the rest from the old tasks.
-SHARES: Final = (60, 16)
-_OLD: Final = ("text", "image", "image", "image", "audio", "both", "recall_short")
+SHARES: Final = (52, 12)
+_OLD: Final = ("text", "image", "image", "image", "image", "image", "audio", "both", "recall_short")
 
 
 @contextlib.contextmanager
