@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -11,6 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from autoglm_lab.server.access import check_access
 from autoglm_lab.server.request_error import RequestError
 from autoglm_lab.server.settings import ServerSettings
+
+_SMALL, _PATIENCE = 64 << 10, 2.0
 
 
 class Gate:
@@ -38,7 +41,8 @@ class Gate:
                 await send({"type": "websocket.close", "code": 1008, "reason": no.code})
             else:
                 # What is not read of the body must not be taken for the next request.
-                await no.response({"connection": "close"})(scope, receive, send)
+                read = await _thrown_away(headers, receive)
+                await no.response({} if read else {"connection": "close"})(scope, receive, send)
             return
         scope.setdefault("state", {})["role"] = role
         await self._app(scope, receive if live else self._counting(receive), send)
@@ -67,3 +71,21 @@ class Gate:
             return message
 
         return counted
+
+
+async def _thrown_away(headers: Headers, receive: Receive) -> bool:
+    """Read a small body and forget it: to close on one that is still coming resets the connection, the answer with it.
+
+    Returns:
+        Whether nothing of it is left.
+    """
+    length = headers.get("content-length", "0")
+    if "transfer-encoding" in headers or not length.isascii() or not length.isdigit() or int(length) > _SMALL:
+        return False
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            while (await receive()).get("more_body", False):
+                pass
+    except TimeoutError:
+        return False
+    return True

@@ -142,6 +142,7 @@ def _in_threads(job: _Job, count: int, progress: Progress) -> None:
                     done[0] += nbytes
         except BaseException as error:  # noqa: BLE001 - the thread that waits raises it
             job.stopped = True
+            traceback.clear_frames(error.__traceback__)  # whose variables view buffers and targets
             failed.append(error)
         finally:
             with changed:

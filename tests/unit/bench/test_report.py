@@ -60,7 +60,7 @@ def test_a_small_run_judges_nothing() -> None:
 
 
 def test_an_unknown_bench_lists_the_known_ones() -> None:
-    with pytest.raises(LabError, match=r"no bench 'speed': use swap, prefill, .* or all"):
+    with pytest.raises(LabError, match=r"no bench 'speed': use load, swap, prefill, .* or all"):
         chosen(["speed"])
     assert chosen(["all"]) == tuple(CATALOG)
 
