@@ -176,6 +176,11 @@ class Workbench(EngineBench):
         """The training under way, or the last one."""
         return None if self._tuner is None else self._tuner.run
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters on the model."""
+        return () if self._tuner is None else self._tuner.adapters
+
     # memory
 
     def snapshot(self, path: str | Path) -> Path:

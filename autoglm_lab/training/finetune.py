@@ -209,7 +209,7 @@ class Finetuning:
                 last = latest(out) if course.resume else None
                 if course.resume and last is None:
                     raise TrainingError(f"there is no whole checkpoint in '{out}' to resume from")
-                began = time.monotonic()
+                began = run.began = time.monotonic()
                 run.tell("training", str(self._step.settings))
                 try:
                     loop.train(resume_from_checkpoint=None if last is None else str(last))
@@ -243,6 +243,7 @@ class Finetuning:
                 reason, needed = str(error).split("\n")[0], getattr(error, "needed", None)
             else:
                 self.last_loss = float(loss)
+                self.run.tokens += sum(map(len, dialogues))
                 return loss
             # Outside of the except clause: the traceback would keep the failed step's tensors alive.
             self._learnt.zero_grad()

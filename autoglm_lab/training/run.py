@@ -59,6 +59,9 @@ class TrainingRun:
         losses: of each step, ``(step, loss)``.
         note: what it is doing, or what it had to change.
         problems: lines of the data that were left out.
+        began: when the steps began; before that, when the training was asked for. In seconds of a monotonic clock.
+        seconds: of the steps so far.
+        tokens: that these steps read.
     """
 
     name: str
@@ -71,6 +74,7 @@ class TrainingRun:
     peaks: PhasePeaks = field(default_factory=PhasePeaks)
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    tokens: int = 0
     _future: Future[Any] | None = None
     _stop: threading.Event = field(default_factory=threading.Event)
     _watchers: list[Callable[[TrainingRun], None]] = field(default_factory=list)
@@ -96,6 +100,11 @@ class TrainingRun:
         """Mean over the last tenth of the steps so far."""
         last = [loss for _, loss in self.losses[-max(1, len(self.losses) // 10) :]]
         return sum(last) / len(last) if last else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens that went forward and backward in a second; None before the first step."""
+        return self.tokens / self.seconds if self.seconds else None
 
     def result(self, timeout: float | None = None) -> TrainingResult:
         """Wait until it ends.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from autoglm_lab.training.adapters import Adapters
 from autoglm_lab.training.course import Course
 from autoglm_lab.training.dataset import Dataset, read_dataset
 from autoglm_lab.training.finetune import Finetuning, forget_answers
+from autoglm_lab.training.loop import latest
 from autoglm_lab.training.run import TrainingRun
 
 
@@ -29,6 +31,7 @@ class Tuner:
         self._adapters = Adapters(engine.state.model)
         book.register(self._adapters)
         self.run: TrainingRun | None = None
+        self._last: tuple[Dataset, Course] | None = None
 
     def begin(
         self,
@@ -66,8 +69,31 @@ class Tuner:
         if watch is not None:
             tuning.run.on_change(watch)
         tuning.run.bind(self._engine.occupy(tuning.job))
-        self.run = tuning.run
+        self.run, self._last = tuning.run, (dataset, course)
         return tuning.run
+
+    @property
+    def resumable(self) -> bool:
+        """Whether `resume` can go on: the last training ended before its last step and left a whole checkpoint."""
+        run, last = self.run, self._last
+        if run is None or last is None or run.state not in ("stopped", "failed"):
+            return False
+        out = last[1].out
+        return out is not None and latest(out) is not None
+
+    def resume(self, *, watch: Callable[[TrainingRun], None] | None = None) -> TrainingRun:
+        """Go on with the last training from its last whole checkpoint; returns at once.
+
+        Raises:
+            TrainingError: there is none to go on with.
+        """
+        last = self._last
+        if last is None or not self.resumable:
+            raise TrainingError(
+                "there is no training to resume: it takes one that was stopped, or failed, and wrote checkpoints (out=)"
+            )
+        data, course = last
+        return self.begin(data, replace(course, resume=True), watch=watch)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -95,6 +121,7 @@ class Tuner:
         """
         if not self._adapters.names:
             raise TrainingError("there is no adapter to merge: train one, or load one")
+        self._last = None  # resumed, what was learnt would be there twice
         self._change(self._adapters.merge, "adapters merged")
 
     def remove(self) -> None:
