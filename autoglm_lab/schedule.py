@@ -1,13 +1,16 @@
-"""How a prompt is cut into steps. Pure: the engine and whoever predicts it ask the same functions."""
+"""How a prompt is cut into steps, and what layers keep while they learn. Pure: the engine and the plan ask the same."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 FEED_FORWARD_TOKENS = 512
 """Tokens that go through a feed-forward layer at once."""
 BATCH_SIZES = (1, 2, 4, 8, 16)
 """Batches for which a decode step is captured; a batch in between takes the next larger one."""
+LEAST_BYTES = 1 << 20
+"""Activations below this cost more to move to the host than they free."""
 
 
 def prefill_chunks(
@@ -63,3 +66,42 @@ def _spans(blocks: Sequence[int] | None, end: int) -> list[tuple[int, int]]:
                 spans.append((first, at))
             first = at
     return spans
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What one layer keeps.
+
+    Attributes:
+        recompute: keep the input alone, and run the layer again in the backward pass.
+        on_host: what is kept waits in host memory.
+    """
+
+    recompute: bool = False
+    on_host: bool = False
+
+
+def spread(count: int, share: float) -> frozenset[int]:
+    """``share`` of ``count`` layers, evenly from the first on; so that copies have all of the pass to hide in."""
+    wanted = round(count * share)
+    return frozenset(number * count // wanted for number in range(wanted))
+
+
+def keepings(count: int, recompute: frozenset[int], offload: float) -> tuple[Keeping, ...]:
+    """What each of ``count`` layers keeps.
+
+    Args:
+        recompute: layers that keep their input alone.
+        offload: share, 0 to 1, of what is kept that waits on the host: of the layers that are not recomputed where
+            there are any, else of the inputs.
+    """
+    kept = [index for index in range(count) if index not in recompute] or list(range(count))
+    on_host = {kept[number] for number in spread(len(kept), offload)}
+    return tuple(Keeping(index in recompute, index in on_host) for index in range(count))
+
+
+def recomputed(count: int, checkpointing: str, every: int) -> frozenset[int]:
+    """Which of ``count`` layers ``none``, ``every-k`` or ``every-layer`` computes again in the backward pass."""
+    if checkpointing == "every-layer":
+        return frozenset(range(count))
+    return frozenset(range(0, count, every)) if checkpointing == "every-k" else frozenset()

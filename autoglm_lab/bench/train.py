@@ -20,9 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.report import Figure, Report
-from autoglm_lab.training.adapters import Adapters, linear_layers
+from autoglm_lab.models.decoder_layers import decoder_layers, linear_layers
+from autoglm_lab.schedule import spread
+from autoglm_lab.training.adapters import Adapters
 from autoglm_lab.training.examples import Examples
-from autoglm_lab.training.layers import decoder_layers, spread
 from autoglm_lab.training.settings import StepSettings
 from autoglm_lab.training.step import Step
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Smaller tensors cost more to move than they free.
-LEAST_BYTES = 1 << 20
+from autoglm_lab.schedule import LEAST_BYTES
+
 # Copies on their way out at the same time; more would hold what they were to free.
 _IN_FLIGHT = 4
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from autoglm_lab.errors import TrainingError
 from autoglm_lab.memory.ledger import Row
-from autoglm_lab.models.lean_layers import decoder_of
+from autoglm_lab.models.decoder_layers import linear_layers
 
 _PREFIX = "base_model.model."
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -181,14 +181,6 @@ def chosen_layers(model: Any, targets: Sequence[str] | None) -> list[str]:
             ends = sorted({name.rpartition(".")[2] for name in names} - {"base_layer", "default"})
             raise TrainingError(f"the model has no linear layer '{target}': there are {', '.join(ends)}")
     return [name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)]
-
-
-def linear_layers(model: Any) -> list[str]:
-    """Names of the linear layers of the model's decoder."""
-    decoder = decoder_of(model)
-    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    names = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
-    return [f"{prefix}.{name}" if prefix else name for name in names]
 
 
 def write_whole(folder: Path, write: Any) -> Path:

@@ -17,12 +17,12 @@ from autoglm_lab.engine.recovery import evict, free_all, is_out_of_memory
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import EngineClosedError, OutOfMemoryError, TrainingError
 from autoglm_lab.memory.ledger import Row
+from autoglm_lab.models.decoder_layers import decoder_layers
 from autoglm_lab.training.adapters import Adapters, chosen_layers
 from autoglm_lab.training.course import Course
 from autoglm_lab.training.dataset import Dataset, Problem
 from autoglm_lab.training.examples import Example, Examples, check_length
 from autoglm_lab.training.feature_cache import FeatureCache
-from autoglm_lab.training.layers import decoder_layers
 from autoglm_lab.training.loop import Learnt, Loop, arguments, latest, optimizer_of, quietly
 from autoglm_lab.training.run import TrainingResult, TrainingRun
 from autoglm_lab.training.settings import StepSettings

@@ -10,56 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoglm_lab.models.lean_layers import decoder_of
-from autoglm_lab.training.activation_store import LEAST_BYTES, ActivationStore
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """What one layer keeps.
-
-    Attributes:
-        recompute: keep the input alone, and run the layer again in the backward pass.
-        on_host: what is kept waits in host memory.
-    """
-
-    recompute: bool = False
-    on_host: bool = False
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers in order; empty where there is no list of them."""
-    decoder = decoder_of(model)
-    lists = [child for child in decoder.modules() if isinstance(child, nn.ModuleList) and len(child) > 1]
-    whole = [one for one in lists if not any(other is not one and _holds(other, one) for other in lists)]
-    longest = max(whole, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
-    return [] if longest is None else list(longest)
-
-
-def spread(count: int, share: float) -> frozenset[int]:
-    """``share`` of ``count`` layers, evenly from the first on; so that copies have all of the pass to hide in."""
-    wanted = round(count * share)
-    return frozenset(number * count // wanted for number in range(wanted))
-
-
-def keepings(count: int, recompute: frozenset[int], offload: float) -> tuple[Keeping, ...]:
-    """What each of ``count`` layers keeps.
-
-    Args:
-        recompute: layers that keep their input alone.
-        offload: share, 0 to 1, of what is kept that waits on the host: of the layers that are not recomputed where
-            there are any, else of the inputs.
-    """
-    kept = [index for index in range(count) if index not in recompute] or list(range(count))
-    on_host = {kept[number] for number in spread(len(kept), offload)}
-    return tuple(Keeping(index in recompute, index in on_host) for index in range(count))
-
-
-def recomputed(count: int, checkpointing: str, every: int) -> frozenset[int]:
-    """Which of ``count`` layers ``none``, ``every-k`` or ``every-layer`` computes again in the backward pass."""
-    if checkpointing == "every-layer":
-        return frozenset(range(count))
-    return frozenset(range(0, count, every)) if checkpointing == "every-k" else frozenset()
+from autoglm_lab.models.decoder_layers import decoder_layers
+from autoglm_lab.schedule import LEAST_BYTES, Keeping
+from autoglm_lab.training.activation_store import ActivationStore
 
 
 class Layers:
@@ -191,7 +144,3 @@ def _with_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], device)
         yield
-
-
-def _holds(one: nn.Module, other: nn.Module) -> bool:
-    return any(child is other for child in one.modules())

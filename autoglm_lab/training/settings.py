@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from autoglm_lab.policy import TrainingPolicy
-from autoglm_lab.training.layers import Keeping, keepings, recomputed
+from autoglm_lab.schedule import Keeping, keepings, recomputed
 
 LEAST_CHUNK = 64
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from autoglm_lab.training.chunked_loss import IGNORED, next_token_loss
+from autoglm_lab.models.chunked_loss import IGNORED, next_token_loss
+from autoglm_lab.models.decoder_layers import core_of
 from autoglm_lab.training.examples import Example, Examples
 from autoglm_lab.training.layers import Layers
 from autoglm_lab.training.settings import StepSettings
@@ -35,7 +35,7 @@ class Step:
         self._mark: Marker = mark or (lambda _: None)
         self.layers = Layers(model)
         self.settings = settings
-        self._core = _core(model)
+        self._core = core_of(model)
         self._device = next(model.parameters()).device
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self._half = dtype if dtype in (torch.bfloat16, torch.float16) else None
@@ -73,16 +73,3 @@ class Step:
             return next_token_loss(hidden, labels, head, chunk=self.settings.loss_chunk, count=count)
         flat = logits[:, :-1].flatten(0, 1).float()
         return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / max(count, 1)
-
-
-def _core(model: Any) -> tuple[nn.Module, nn.Linear] | None:
-    """The model without its head, and the head, where that is all that is between them."""
-    base = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    text = model.config.get_text_config()
-    extras = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
-    plain = not any(getattr(text, name, None) for name in extras)
-    if not isinstance(base, nn.Module) or type(head) is not nn.Linear or not plain:
-        return None
-    takes = inspect.signature(type(base).forward).parameters
-    return (base, head) if "input_ids" in takes else None

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import autoglm_lab as lab
+from autoglm_lab.models.decoder_layers import decoder_layers
+from autoglm_lab.schedule import keepings, recomputed, spread
 from autoglm_lab.training.adapters import Adapters
 from autoglm_lab.training.dataset import Dataset
 from autoglm_lab.training.examples import Example, Examples
 from autoglm_lab.training.feature_cache import FeatureCache
-from autoglm_lab.training.layers import Layers, decoder_layers, keepings, recomputed, spread
+from autoglm_lab.training.layers import Layers
 from autoglm_lab.training.settings import StepSettings
 from autoglm_lab.training.step import Step
 

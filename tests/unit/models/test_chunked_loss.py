@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoglm_lab.training.chunked_loss import next_token_loss
+from autoglm_lab.models.chunked_loss import next_token_loss
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 4096])
