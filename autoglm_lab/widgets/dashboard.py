@@ -27,6 +27,7 @@ from autoglm_lab.widgets.panel import Panel, message_of
 from autoglm_lab.widgets.plan_panel import PlanPanel
 from autoglm_lab.widgets.refresher import Refresher
 from autoglm_lab.widgets.snapshot import Bench, Snapshot, take
+from autoglm_lab.widgets.training_panel import TrainingPanel
 from autoglm_lab.widgets.transcript import transcript_of
 from autoglm_lab.widgets.worker import Worker
 
@@ -68,6 +69,7 @@ class Dashboard:
         self.kv = KvPanel(self, lang=lang)
         self.budget = BudgetPanel(self, lang=lang)
         self.plan = PlanPanel(self, lang=lang)
+        self.training = TrainingPanel(self, lang=lang)
         self.live_plot = LivePlot(self, lang=lang)
         self.chat = ChatPanel(self, lang=lang)
         self.events = EventsPanel(self, lang=lang)
@@ -76,7 +78,7 @@ class Dashboard:
         self.widget = _arrange(
             wide=[self.header, self.device_bar, self.plan],
             left=[self.modules, self.kv, self.budget, self.export],
-            right=[self.live_plot, self.chat, self.events],
+            right=[self.live_plot, self.chat, self.training, self.events],
         )
         self._worker: Worker[str] = Worker(self._soon, lambda name, error: self._note(name, message_of(error)))
         self._refresher = Refresher(self._tick)
@@ -106,6 +108,7 @@ class Dashboard:
             self.modules,
             self.kv,
             self.budget,
+            self.training,
             self.live_plot,
             self.chat,
             self.events,

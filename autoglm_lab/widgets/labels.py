@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from autoglm_lab.kv_costs import cost_of
+from autoglm_lab.widgets.training_labels import TRAINING
 
 Lang = Literal["en", "zh"]
 LANGS: tuple[Lang, ...] = ("en", "zh")
@@ -470,6 +471,7 @@ _PANELS: dict[str, dict[str, tuple[str, str]]] = {
         "copied": ("Copied", "已复制"),
         "defaults": ("# every setting is at its default", "# 所有设置均为默认值"),
     },
+    "training_panel": TRAINING,
 }
 
 

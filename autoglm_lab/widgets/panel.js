@@ -254,6 +254,7 @@ function panel({ name, build, store, bare = false }) {
         function refresh() {
           const state = model.get("state");
           if (!body || !state || !Object.keys(state).length) return;
+          el.style.display = state.hidden ? "none" : ""; // a panel that this workbench has no use for
           body.node.hidden = Boolean(state.absent);
           away.hidden = !state.absent;
           if (state.absent) showAbsent(state);
