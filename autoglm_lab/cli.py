@@ -126,6 +126,10 @@ def plan(
     image_size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")] = "1080x2400",
     audio_seconds: Annotated[float, typer.Option(min=0.0, help="Length of a sound in the prompt.")] = 0.0,
     conversations: Annotated[int, typer.Option(min=1, help="Kept at the same time, each as long.")] = 1,
+    finetune: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="Plan a step of fine-tuning on --context tokens: lora or full.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapters that --finetune lora learns.")] = 16,
     policy_file: Annotated[
         str | None, typer.Option("--policy", metavar="FILE", help="Settings as YAML, or auto for the best that fits.")
     ] = None,
@@ -140,6 +144,7 @@ def plan(
     size = re.fullmatch(r"(\d+)[xX](\d+)", image_size)
     if size is None:
         raise LabError(f"cannot read --image-size {image_size!r}: write for example 1080x2400")
+    method: Any = finetune
     for file in (json_file, export):
         if file is not None and not file.resolve().parent.is_dir():
             raise LabError(f"cannot write {file}: its folder does not exist")
@@ -162,6 +167,8 @@ def plan(
         image_size=(int(size[1]), int(size[2])),
         audio_seconds=audio_seconds,
         conversations=conversations,
+        finetune=method,
+        rank=rank,
     )
     typer.echo(str(found))
     if json_file is not None:

@@ -17,6 +17,7 @@ from autoglm_lab.memory.planning.device_constants import plan_device
 from autoglm_lab.memory.planning.plan import Plan
 from autoglm_lab.memory.planning.plan_choice import Choice, choose
 from autoglm_lab.memory.planning.planner import planner
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
@@ -145,6 +146,9 @@ def plan(
     image_size: tuple[int, int] = (1080, 2400),
     audio_seconds: float = 0.0,
     conversations: int = 1,
+    finetune: Literal["lora", "full"] | None = None,
+    tokens: int | None = None,
+    rank: int = 16,
 ) -> Plan:
     """Whether a model fits, before anything is loaded: the predicted peak of every phase, and what would make it fit.
 
@@ -160,6 +164,10 @@ def plan(
         images: in the prompt, each of ``image_size`` (width, height) in pixels.
         audio_seconds: length of one sound in the prompt.
         conversations: kept at the same time, each as long.
+        finetune: plan one step of fine-tuning instead of an answer: ``lora``: adapters on every linear layer of the
+            decoder; ``full``: all weights of the text. The rest stands in ``policy.training``.
+        tokens: of the longest dialogue to learn; None: ``context``.
+        rank: of the adapters.
 
     Raises:
         LoadError: the model is unknown.
@@ -172,7 +180,8 @@ def plan(
     from autoglm_lab.figures.waterfall import waterfall
 
     try:
-        workload = Workload(context, new_tokens, images, image_size, audio_seconds, conversations)
+        load = None if finetune is None else TrainingLoad(finetune, context if tokens is None else tokens, rank)
+        workload = Workload(context, new_tokens, images, image_size, audio_seconds, conversations, load)
     except ValueError as error:
         raise LabError(str(error)) from None
     opened = model if isinstance(model, Workbench) else None
@@ -185,6 +194,8 @@ def plan(
     check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
     shapes = _kept_in(shapes, chosen)
     predict = planner(shapes, where)
+    if load is not None and policy == "auto":
+        raise LabError("policy='auto' is chosen for answers: give finetune= a MemoryPolicy, whose training is 'auto'")
     if policy != "auto":
         return replace(predict.plan(chosen, workload), drawer=waterfall)
     if chosen.budget is None and opened is None and where.name == device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from autoglm_lab.memory.ledger import RowKind
@@ -11,7 +11,7 @@ from autoglm_lab.memory.planning.plan_view import html, text
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
-PlannedPhase = Literal["load", "encode", "prefill", "decode"]
+PlannedPhase = Literal["load", "encode", "prefill", "decode", "train"]
 Verdict = Literal["fits", "fits with changes", "does not fit"]
 
 
@@ -94,7 +94,7 @@ class Plan:
         dtype: of the weights.
         device: the device's name.
         limit: bytes that the process may use: the budget, and no more than the device can give now.
-        phases: those that the workload goes through, in order; training is not planned yet.
+        phases: those that the workload goes through, in order; of a training, those of loading, encoding and one step.
         alternatives: policies that need less, best first; where the plan fits there are none.
         notes: what is estimated and what is not counted, one sentence each.
         why: why this policy, in two lines, where it was chosen and not given; see `plan_choice`.
@@ -184,6 +184,7 @@ class Plan:
                 "image_size": list(self.workload.image_size),
                 "audio_seconds": self.workload.audio_seconds,
                 "conversations": self.workload.conversations,
+                "training": None if self.workload.training is None else asdict(self.workload.training),
             },
             "limit": self.limit,
             "verdict": self.verdict,

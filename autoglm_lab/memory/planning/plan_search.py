@@ -76,10 +76,29 @@ def _tried(planner: Planner, plan: Plan, chosen: tuple[Change, ...]) -> tuple[Al
 
 def changes(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
     """Single settings that could free memory for ``workload``."""
+    if workload.training is not None:
+        yield from _of_training(policy)
+        return
     yield from _of_modules(planner, policy, workload)
     yield from _of_layers(planner, policy, workload)
     yield from _of_steps(planner, policy, workload)
     yield from _of_kept(planner, policy, workload)
+
+
+def _of_training(policy: MemoryPolicy) -> Iterator[Change]:
+    """As training itself goes on when memory runs out, and a smaller optimiser."""
+    training = policy.training
+    if training.checkpointing not in ("auto", "every-layer"):
+        settings: dict[str, Any] = {"training": {"checkpointing": "every-layer"}}
+        yield _setting(settings, "training.checkpointing='every-layer'", "layers are computed twice", 1)
+    if training.micro_batch > 1:
+        settings = {"training": {"micro_batch": 1, "accumulation": training.accumulation * training.micro_batch}}
+        yield _setting(settings, "training.micro_batch=1", "each dialogue by itself", 1)
+    if training.offload < 1:
+        yield _setting({"training": {"offload": 1.0}}, "training.offload=1.0", "activations pass the bus", 1)
+    if training.optimizer == "adamw":
+        settings = {"training": {"optimizer": "adamw-8bit"}}
+        yield _setting(settings, "training.optimizer='adamw-8bit'", "the optimiser's states are rounded (lossy)", 3)
 
 
 def _of_modules(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:

@@ -20,8 +20,10 @@ from autoglm_lab.memory.planning.device_constants import PlanDevice
 from autoglm_lab.memory.planning.encoder_tapes import Medium, MediumInputs
 from autoglm_lab.memory.planning.plan import PhasePlan, Plan, PlannedPhase, PlanRow
 from autoglm_lab.memory.planning.plan_search import alternatives
+from autoglm_lab.memory.planning.plan_train import StepCost, TrainingCosts
 from autoglm_lab.memory.planning.planned_weights import PlannedWeights, SplitWeights
 from autoglm_lab.memory.planning.step_work import Peak, RequestCost, Steps, Work
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.image_tokens import resized
 from autoglm_lab.models.loading import Outline
@@ -51,6 +53,7 @@ class Planner:
         self._pages = PageFormat.of(self._model.config, self.dtype)
         self._activations = Activations(outline, device.kind)
         self._processor = outline.processor
+        self._training = TrainingCosts(outline, device.kind)
 
     def of(self, device: PlanDevice) -> Planner:
         """The same model on another device of the same kind; what was learnt is kept."""
@@ -70,6 +73,8 @@ class Planner:
             search: also look for alternatives where it does not fit.
         """
         steps, notes = self._request(policy, workload)
+        if workload.training is not None:
+            notes = []
         phases = self._phases(policy, workload, steps)
         limit = self.device.free if policy.budget is None else min(policy.budget, self.device.free)
         plan = Plan(
@@ -80,9 +85,9 @@ class Planner:
             workload=workload,
             limit=limit,
             phases=phases,
-            notes=(*notes, *self._activations.notes, *self._notes()),
+            notes=(*notes, *self._activations.notes, *self._notes(policy, workload)),
             estimated=self.device.estimated,
-            host_needed=self._on_host(policy, workload, steps),
+            host_needed=self._on_host(policy, workload, steps) + self._activations_on_host(policy, workload),
             host_limit=self.device.host_free,
         )
         if plan.fits or not search:
@@ -144,6 +149,8 @@ class Planner:
     # phases
 
     def _phases(self, policy: MemoryPolicy, workload: Workload, steps: Steps) -> tuple[PhasePlan, ...]:
+        if workload.training is not None:
+            return self._training_phases(policy, workload.training)
         if policy.max_image_tokens is not None and workload.images:
             size = resized(self._processor(), workload.image_size, policy.max_image_tokens)
             workload = replace(workload, image_size=size)
@@ -172,6 +179,48 @@ class Planner:
         ]
         phases.append(self._phase("decode", weights, kept, rows))
         return tuple(phases)
+
+    def _training_phases(self, policy: MemoryPolicy, load: TrainingLoad) -> tuple[PhasePlan, ...]:
+        """Loading, and one step; what encoders gave waits on the host, and they are off the device meanwhile."""
+        weights = self._weights.under(policy)
+        kept = [name for name in weights.slabs if name not in _NEEDS or _residency(policy, name) == "keep"]
+        staying = [name for name in kept if name not in _NEEDS or not policy.training.cache_features]
+        learning = self._training.learning(load, policy.training.optimizer)
+        rows = [
+            *self._fixed(),
+            PlanRow("adapters", "owner", learning.adapters, "low-rank weights in float32"),
+            PlanRow("gradients", "owner", learning.gradients, "gradients of the weights that learn"),
+            PlanRow("optimiser states", "owner", learning.states, f"states of {policy.training.optimizer}"),
+        ]
+        loading = self._phase("load", weights, kept, self._fixed(loading=True))
+        step, _ = self._step_cost(policy, load)
+        if step is not None:
+            chosen = self._chosen(policy, self._phase("train", weights, staying, rows), step)
+            again = self._training.kept(policy.training, chosen)
+            peak = step.peak(again, moves=self.device.kind == "cuda")
+            rows += _work(Peak(peak, peak + step.cached))
+        return loading, self._phase("train", weights, staying, rows)
+
+    def recompute(self, policy: MemoryPolicy, load: TrainingLoad) -> frozenset[int] | None:
+        """The layers that ``auto`` computes again so that a training fits; None: it cannot be told."""
+        step, _ = self._step_cost(policy, load)
+        if step is None:
+            return None
+        without = self._training_phases(policy, load)[-1]
+        rows = tuple(row for row in without.rows if row.kind not in ("activations", "allocator cache"))
+        return self._chosen(policy, replace(without, rows=rows), step)
+
+    def _chosen(self, policy: MemoryPolicy, without: PhasePlan, step: StepCost) -> frozenset[int]:
+        limit = self.device.free if policy.budget is None else min(policy.budget, self.device.free)
+        return self._training.mildest(step, policy.training, limit - without.needed)
+
+    def _step_cost(self, policy: MemoryPolicy, load: TrainingLoad) -> tuple[StepCost | None, str]:
+        """The cost of a micro-batch; None and why where the model's code could not be traced."""
+        try:
+            return self._training.step(load, policy.training), ""
+        except Exception as error:  # noqa: BLE001 - any model's own code runs here
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            return None, f"a step of training could not be traced, so its activations are not counted ({reason})"
 
     def _phase(self, name: PlannedPhase, weights: SplitWeights, modules: list[str], rows: list[PlanRow]) -> PhasePlan:
         counts = f"weights in {str(self.dtype).removeprefix('torch.')}"
@@ -247,7 +296,8 @@ class Planner:
         """Bytes of the host beside a GPU: keys and values, weights that stay there, copies of modules that come off."""
         if self.device.kind == "cpu":
             return 0
-        kv = self._kv(steps, steps.kept) * workload.conversations if policy.kv.place == "host" else 0
+        answers = policy.kv.place == "host" and workload.training is None
+        kv = self._kv(steps, steps.kept) * workload.conversations if answers else 0
         weights = self._weights.under(policy)
         parts = [(nbytes, policy.module(name)) for name, nbytes in weights.slabs.items()]
         return (
@@ -255,6 +305,14 @@ class Planner:
             + weights.on_host
             + sum(nbytes for nbytes, part in parts if part.residency != "keep" and part.park_to != "disk")
         )
+
+    def _activations_on_host(self, policy: MemoryPolicy, workload: Workload) -> int:
+        if workload.training is None or self.device.kind == "cpu" or not policy.training.offload:
+            return 0
+        step, _ = self._step_cost(policy, workload.training)
+        if step is None:
+            return 0
+        return step.on_host(self._training.kept(policy.training, self.recompute(policy, workload.training)))
 
     def _kv_rows(self, policy: MemoryPolicy, nbytes: int, name: str = "KV") -> list[PlanRow]:
         on_host = policy.kv.place == "host" and self.device.kind == "cuda"
@@ -264,8 +322,13 @@ class Planner:
     def _context_tokens(self) -> int | None:
         return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _notes(self) -> tuple[str, ...]:
-        notes = ["training is not planned"]
+    def _notes(self, policy: MemoryPolicy, workload: Workload) -> tuple[str, ...]:
+        notes = []
+        if workload.training is not None:
+            failed = self._step_cost(policy, workload.training)[1]
+            notes += [failed] if failed else ["all dialogues count as equally long, and all of their tokens as learnt"]
+            if policy.precisions():
+                notes.append("activations are those of weights that are not rounded")
         if self.device.estimated:
             notes.append("estimated: context, workspaces and kernels were measured on another kind of device")
         return tuple(notes)

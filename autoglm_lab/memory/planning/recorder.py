@@ -56,6 +56,10 @@ class Recorder(TorchDispatchMode):
         held = (*model.parameters(), *model.buffers())
         self._known = {tensor.untyped_storage()._cdata for tensor in held}  # noqa: SLF001 - as in `_note`
 
+    def ignore(self, *tensors: Tensor) -> None:
+        """Leave out tensors that are there already."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}  # noqa: SLF001 - as in `_note`
+
     @property
     def tape(self) -> Tape:
         return Tape(tuple(self._order), tuple(self._sizes))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autoglm_lab.memory.planning.training_load import TrainingLoad
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -16,6 +18,7 @@ class Workload:
         image_size: ``(width, height)`` in pixels, before the processor resizes it.
         audio_seconds: length of one sound in the prompt; 0: none.
         conversations: kept at the same time, each as long as this one, and answering in one batch.
+        training: what is learnt instead of answering; None: nothing.
 
     Raises:
         ValueError: a figure cannot be.
@@ -27,6 +30,7 @@ class Workload:
     image_size: tuple[int, int] = (1080, 2400)
     audio_seconds: float = 0.0
     conversations: int = 1
+    training: TrainingLoad | None = None
 
     def __post_init__(self) -> None:
         if self.context < 1 or self.new_tokens < 1 or self.conversations < 1:
@@ -35,6 +39,8 @@ class Workload:
             raise ValueError("images and audio_seconds cannot be negative, and an image has at least one pixel")
 
     def __str__(self) -> str:
+        if self.training is not None:
+            return str(self.training)
         parts = [f"{self.context:,} tokens read", f"{self.new_tokens:,} written"]
         if self.images:
             parts.append(f"{self.images} image{'s' * (self.images > 1)} of {self.image_size[0]} x {self.image_size[1]}")

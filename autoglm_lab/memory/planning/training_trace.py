@@ -1,0 +1,202 @@
+"""What one micro-batch of training allocates: the model's own code, forward and backward, on tensors without data."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig
+
+from autoglm_lab.memory.planning.recorder import Recorder, flash, without_data
+from autoglm_lab.memory.planning.tape import GRAIN, Tape
+from autoglm_lab.memory.planning.traced_model import shortened
+from autoglm_lab.memory.planning.training_load import TrainingLoad
+from autoglm_lab.models.anatomy import anatomy
+from autoglm_lab.models.chunked_loss import next_token_loss
+from autoglm_lab.models.decoder_layers import core_of, linear_layers
+from autoglm_lab.models.skeleton import skeleton
+from autoglm_lab.schedule import LEAST_BYTES
+
+
+@dataclass(frozen=True)
+class TrainingTape:
+    """One micro-batch of a model with few layers. Gradients are there before it, and are not in it.
+
+    Attributes:
+        tape: forward, loss and backward.
+        kept: bytes when the forward pass is over.
+        large: bytes of these in tensors that may go to the host.
+        loss: the most while the loss is computed.
+        top: the most of the backward pass.
+        tail: the most once one layer's activations are all that is left of it.
+    """
+
+    tape: Tape
+    kept: int
+    large: int
+    loss: int
+    top: int
+    tail: int
+
+
+def trace(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    kind: Literal["cuda", "cpu"],
+    layers: int,
+    load: TrainingLoad,
+    *,
+    micro_batch: int,
+    loss_chunk: int,
+) -> TrainingTape:
+    """Record a micro-batch of dialogues that are equally long, and all of whose tokens have labels.
+
+    Raises:
+        LoadError, RuntimeError: the model's code cannot be run without data.
+    """
+    model: Any = skeleton(shortened(config, layers), dtype)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    without_data(model, mode)
+    learning = _learning(model, load, mode)
+    recorder = Recorder(mode, model)
+    recorder.ignore(*learning, *(one.grad for one in learning if one.grad is not None))
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad(), _attention(kind), recorder:
+            marks = _run(model, dtype, recorder, load.tokens, micro_batch, loss_chunk)
+            tape = recorder.tape
+    finally:
+        if collects:
+            gc.enable()
+    return _told(tape, marks, layers)
+
+
+def _run(
+    model: Any, dtype: torch.dtype, recorder: Recorder, tokens: int, micro_batch: int, loss_chunk: int
+) -> tuple[int, int]:
+    """A step as training makes it. Returns how many blocks had come and gone before the loss, and before backward."""
+    given = {name: torch.ones(micro_batch, tokens, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    if getattr(model.config, "bidirectional_prompt", False):
+        given["block_sequence_ids"] = torch.zeros_like(given["input_ids"])
+    labels = torch.zeros_like(given["input_ids"])
+    half = torch.autocast("cpu", dtype) if dtype in (torch.bfloat16, torch.float16) else contextlib.nullcontext()
+    core = core_of(model)
+    with half:
+        if core is not None:
+            hidden = core[0](**given, use_cache=False, return_dict=True).last_hidden_state
+        else:
+            hidden = model(**given, use_cache=False, return_dict=True).logits
+    before = len(recorder.tape.order)
+    if core is not None:
+        loss = next_token_loss(hidden, labels, core[1], chunk=loss_chunk, count=labels.numel())
+    else:
+        flat = hidden[:, :-1].flatten(0, 1).float()
+        loss = functional.cross_entropy(flat, labels[:, 1:].flatten(), reduction="sum")
+    del hidden
+    after = len(recorder.tape.order)
+    loss.backward()
+    return before, after
+
+
+def _told(tape: Tape, marks: tuple[int, int], layers: int) -> TrainingTape:
+    sizes = -(-np.asarray(tape.sizes, np.int64) // GRAIN) * GRAIN
+    live = np.cumsum([0, *(sizes[at] if at >= 0 else -sizes[~at] for at in tape.order)])
+    before, after = marks
+    held: Counter[int] = Counter()
+    for at in tape.order[:before]:
+        held[at if at >= 0 else ~at] += 1 if at >= 0 else -1
+    large = sum(int(sizes[at]) for at, count in held.items() if count and tape.sizes[at] >= LEAST_BYTES)
+    backward = live[after:]
+    near_end = np.nonzero(backward <= live[before] // layers)[0]
+    tail = backward[near_end[0] :].max() if len(near_end) else backward[-1]
+    loss = live[before : after + 1].max()
+    return TrainingTape(tape, int(live[before]), large, int(loss), int(backward.max()), int(tail))
+
+
+def _learning(model: Any, load: TrainingLoad, mode: FakeTensorMode) -> list[nn.Parameter]:
+    """What learns, with a gradient that is there already."""
+    if load.method == "full":
+        names = {name for spec in anatomy(model) if spec.name == "text" for name in spec.tensors}
+        learning = [parameter for name, parameter in model.named_parameters() if name in names]
+    else:
+        learning = [one for name in linear_layers(model) for one in _adapted(model.get_submodule(name), load, mode)]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+        with mode:
+            parameter.grad = torch.empty_like(parameter)
+    return learning
+
+
+def _adapted(linear: nn.Linear, load: TrainingLoad, mode: FakeTensorMode) -> list[nn.Parameter]:
+    """Put low-rank matrices in float32 on a layer, computed as peft computes them."""
+    with mode:
+        down = nn.Parameter(torch.empty(load.rank, linear.in_features, dtype=torch.float32))
+        up = nn.Parameter(torch.empty(linear.out_features, load.rank, dtype=torch.float32))
+    plain: Callable[[Tensor], Tensor] = type(linear).forward.__get__(linear)
+
+    def forward(hidden: Tensor) -> Tensor:
+        result = plain(hidden)
+        given = hidden.to(down.dtype)
+        return (result + functional.linear(functional.linear(given, down), up) * 2.0).to(result.dtype)
+
+    linear.__dict__["forward"] = forward
+    return [down, up]
+
+
+@contextlib.contextmanager
+def _attention(kind: Literal["cuda", "cpu"]) -> Iterator[None]:
+    """On a CPU the kernel itself tells what it allocates; CUDA's is stood in for."""
+    with _CudaAttention() if kind == "cuda" else contextlib.nullcontext():
+        yield
+
+
+class _CudaAttention(TorchFunctionMode):
+    """Half precision without a mask is FlashAttention; with one, its memory-efficient sibling, which keeps the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
+            return _attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+    del rest, named
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (one.to(dtype) for one in (query, key, value))
+    result: Tensor = _Flash.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Flash(torch.autograd.Function):
+    """What FlashAttention keeps and allocates, without numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        result = flash(query, value)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, sums)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        rows = -(-query.shape[-2] // 128) * 128
+        sums = query.new_empty(*query.shape[:2], rows, dtype=torch.float32)
+        summed = query.new_empty(*query.shape[:2], rows, -(-query.shape[-1] // 32) * 32, dtype=torch.float32)
+        # Where queries share a key, its gradient is first one for each of them.
+        spread = [torch.empty_like(query) for _ in range(2)] if query.shape[1] != key.shape[1] else []
+        found = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        del slope, sums, summed, spread
+        return found
