@@ -31,6 +31,7 @@ from autoglm_lab.memory.peak import PeakMeter
 from autoglm_lab.memory.planning.device_constants import PlanDevice, plan_device
 from autoglm_lab.memory.planning.plan import Plan
 from autoglm_lab.memory.planning.planner import planner
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.memory.reclaim import Reclaimer
 from autoglm_lab.memory.residency.residency import Residency
@@ -168,8 +169,11 @@ class Workbench(EngineBench):
         if self._tuner is None:
             from autoglm_lab.training.tuner import Tuner
 
-            self._tuner = Tuner(self.engine, self._book)
+            self._tuner = Tuner(self.engine, self._book, self._recompute)
         return self._tuner
+
+    def _recompute(self, load: TrainingLoad) -> frozenset[int] | None:
+        return planner(self.outline(), self.plan_device(self.policy.budget)).recompute(self.policy, load)
 
     @property
     def training(self) -> TrainingRun | None:

@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from autoglm_lab.engine.recovery import evict, free_all, is_out_of_memory
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import EngineClosedError, OutOfMemoryError, TrainingError
 from autoglm_lab.memory.ledger import Row
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.models.decoder_layers import decoder_layers
 from autoglm_lab.training.adapters import Adapters, chosen_layers
 from autoglm_lab.training.course import Course
@@ -38,7 +40,8 @@ class Finetuning:
         state: of the engine that has the model.
         adapters: of the model.
         register, unregister: owners of the ledger.
-        recompute: layers that ``auto`` computes again from the start; None: none until memory runs out.
+        recompute: tells the layers that ``auto`` computes again from the start, None where it cannot; None: none are
+            until memory runs out.
     """
 
     def __init__(
@@ -50,15 +53,15 @@ class Finetuning:
         *,
         register: Callable[[Any], None],
         unregister: Callable[[Any], None],
-        recompute: frozenset[int] | None = None,
+        recompute: Callable[[TrainingLoad], frozenset[int] | None] | None = None,
     ) -> None:
         self._state, self._adapters, self._dataset, self._course = state, adapters, dataset, course
-        self._register, self._unregister = register, unregister
+        self._register, self._unregister, self._recompute = register, unregister, recompute
         self._policy = state.policy.training
         batch = self._policy.micro_batch * self._policy.accumulation
         self.run = TrainingRun(course.name, course.total_steps(len(dataset), batch))
         self.run.problems = tuple(map(str, dataset.problems))
-        self._settings = StepSettings.of(self._policy, len(decoder_layers(state.model)), recompute)
+        self._settings = StepSettings.of(self._policy, len(decoder_layers(state.model)))
         self._features = FeatureCache(state.accelerator.device) if self._caches() else None
         self._gradients = self._states = 0
         self._closing = False
@@ -186,9 +189,20 @@ class Finetuning:
             parameter.requires_grad_(True)
         return found
 
+    def _begun_with(self) -> StepSettings:
+        """The settings of the first step: where they are ``auto``, the mildest that the plan says will fit."""
+        course, settings = self._course, self._settings
+        planned = course.targets is None if course.method == "lora" else course.modules == ("text",)
+        limited = self._state.policy.budget is not None or self._state.accelerator.kind == "cuda"
+        if self._recompute is None or self._policy.checkpointing != "auto" or not (planned and limited):
+            return settings
+        chosen = self._recompute(TrainingLoad(course.method, max(map(len, self._data)), course.rank))
+        return settings if chosen is None else replace(settings, recompute=chosen)
+
     def _train(self) -> TrainingResult:
         state, course, run = self._state, self._course, self.run
         self._made = False
+        self._settings = self._begun_with()
         learnt = Learnt(self._learning())
         self._step = Step(state.model, self._examples, self._settings, self._mark)
         self._learnt = learnt

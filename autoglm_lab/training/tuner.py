@@ -11,6 +11,7 @@ from typing import Any
 from autoglm_lab.engine.local import LocalEngine
 from autoglm_lab.errors import TrainingError
 from autoglm_lab.memory.ledger import LedgerBook
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.training.adapters import Adapters
 from autoglm_lab.training.course import Course
 from autoglm_lab.training.dataset import Dataset, read_dataset
@@ -26,8 +27,13 @@ class Tuner:
         run: the training under way, or the last one; None before the first.
     """
 
-    def __init__(self, engine: LocalEngine, book: LedgerBook) -> None:
-        self._engine, self._book = engine, book
+    def __init__(
+        self,
+        engine: LocalEngine,
+        book: LedgerBook,
+        recompute: Callable[[TrainingLoad], frozenset[int] | None] | None = None,
+    ) -> None:
+        self._engine, self._book, self._recompute = engine, book, recompute
         self._adapters = Adapters(engine.state.model)
         book.register(self._adapters)
         self.run: TrainingRun | None = None
@@ -65,6 +71,7 @@ class Tuner:
             course,
             register=self._book.register,
             unregister=self._book.unregister,
+            recompute=self._recompute,
         )
         if watch is not None:
             tuning.run.on_change(watch)

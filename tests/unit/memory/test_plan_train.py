@@ -104,6 +104,29 @@ def test_what_layers_keep_is_what_autograd_saves(wb, costs, checkpointing):
     assert step.rest + kept == pytest.approx(measured, rel=TOLERANCE)
 
 
+def test_a_tight_budget_lets_every_layer_be_computed_again(wb):
+    load, every = TrainingLoad("lora", TOKENS, 4), recomputed(LAYERS, "every-layer", 1)
+    wb.policy = _training(micro_batch=2).replace(budget="100GiB")
+    assert wb._recompute(load) == frozenset()
+    wb.policy = wb.policy.replace(budget=wb.plan(workload=lab.Workload(training=load))["load"].needed)
+    assert wb._recompute(load) == every
+
+
+def test_training_begins_with_what_the_plan_says(wb, monkeypatch):
+    asked: list[TrainingLoad] = []
+
+    def plan(load: TrainingLoad) -> frozenset[int]:
+        asked.append(load)
+        return recomputed(LAYERS, "every-k", 2)
+
+    monkeypatch.setattr(wb.tuner, "_recompute", plan)
+    wb.policy = _training(micro_batch=2, accumulation=1).replace(budget="100GiB")
+    result = wb.finetune(DATA, rank=4, steps=1).result(60)
+    wb.tuner.remove()
+    assert result.settings.startswith("3 of 6 layers")
+    assert [(load.method, load.rank) for load in asked] == [("lora", 4)]
+
+
 def test_stronger_settings_need_less():
     needed = []
     for checkpointing in ("none", "every-k", "every-layer"):
