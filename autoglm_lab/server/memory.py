@@ -13,6 +13,7 @@ from starlette.responses import Response
 from autoglm_lab.engine.wire import to_wire
 from autoglm_lab.errors import ContextLimitError
 from autoglm_lab.memory.events import Event
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import MemoryPolicy
@@ -31,6 +32,16 @@ class ParkRequest(BaseModel):
     place: Literal["auto", "host", "disk"] = "auto"
 
 
+class TrainingRequest(BaseModel):
+    """What is learnt, as `memory.planning.training_load.TrainingLoad` has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["lora", "full"] = "lora"
+    tokens: int = Field(2048, ge=2, le=1 << 17)
+    rank: int = Field(16, ge=1, le=1024)
+
+
 class WorkloadRequest(BaseModel):
     """How much is read and written, as `memory.planning.workload.Workload` has it."""
 
@@ -42,6 +53,7 @@ class WorkloadRequest(BaseModel):
     image_size: tuple[Annotated[int, Field(ge=1, le=1 << 15)], Annotated[int, Field(ge=1, le=1 << 15)]] = (1080, 2400)
     audio_seconds: float = Field(0.0, ge=0, le=86_400)
     conversations: int = Field(1, ge=1, le=100_000)
+    training: TrainingRequest | None = None
 
 
 class PlanRequest(BaseModel):
@@ -141,7 +153,10 @@ async def plan(request: Request, asked: PlanRequest) -> dict[str, Any]:
     if context is not None and one.context + one.new_tokens > context:
         raise ContextLimitError(f"the model takes {context:,} tokens, this asks for {one.context + one.new_tokens:,}")
     wanted = _changed(service.engine.policy, asked.policy) if asked.policy else None
-    workload = Workload(one.context, one.new_tokens, one.images, one.image_size, one.audio_seconds, one.conversations)
+    learnt = None if one.training is None else TrainingLoad(**one.training.model_dump())
+    workload = Workload(
+        one.context, one.new_tokens, one.images, one.image_size, one.audio_seconds, one.conversations, learnt
+    )
     found: dict[str, Any] = to_wire(await asyncio.to_thread(service.plan, wanted, workload, asked.search))
     return found
 
