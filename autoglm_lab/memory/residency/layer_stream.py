@@ -69,6 +69,7 @@ class LayerStream:
         self._host = HostSlab(self._slot * len(parts), pin=cuda, budget=pinned if cuda else None)
         stages = self._slot * STAGES
         self._stage: Slab = CudaSlab(stages, accelerator.device) if cuda else HostSlab(stages)
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._stream: torch.cuda.Stream | None = None
         self._now, self._captured = _Stages(), _Stages()
         self._hooks: list[Any] = []
@@ -142,6 +143,7 @@ class LayerStream:
         for part in self._parts:
             for tensor in part.tensors.values():
                 tensor.data = placeholder(tensor.dtype, tensor.device).expand(tensor.shape)
+        self._copies = []
         held = self._stage.committed
         with self._accelerator.moving():
             self._stage.close()
@@ -171,6 +173,11 @@ class LayerStream:
             except OSError as error:
                 raise MemoryError(str(error)) from None
             self._accelerator.hold(self._stage.committed)
+        # Made once: nothing but the copy itself is to happen while a step is captured.
+        whole, stages = self._host.alias(), self._stage.alias()
+        for number, nbytes in enumerate(self._sizes):
+            source, target = number * self._slot, number % STAGES * self._slot
+            self._copies.append((whole[source : source + nbytes], stages[target : target + nbytes]))
         for number, (part, views) in enumerate(zip(self._parts, self._views, strict=True)):
             there = region[number % STAGES * self._slot :]
             for name, view in views_of(there, views).items():
@@ -208,9 +215,7 @@ class LayerStream:
         stage = number % STAGES
         if stages.holds[stage] == number:
             return
-        nbytes, start = self._sizes[number], number * self._slot
-        source = self._host.alias()[start : start + nbytes]
-        target = self._stage.alias()[stage * self._slot : stage * self._slot + nbytes]
+        source, target = self._copies[number]
         stages.holds[stage] = None
         with torch.no_grad():
             if self._accelerator.kind == "cpu":
