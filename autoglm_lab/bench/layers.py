@@ -15,8 +15,8 @@ import torch
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.report import Figure, Report
+from autoglm_lab.models.decoder_layers import decoder_layers
 from autoglm_lab.models.loading import outline
-from autoglm_lab.models.placement import decoder_layers
 from autoglm_lab.units import GiB, format_bytes
 
 _SHARE = 0.85
@@ -144,7 +144,7 @@ def _text_bytes(name: str) -> tuple[int, int]:
 
     model = outline(name, device="cuda").model
     tensors = dict(named_tensors(model))
-    layers = {id(one) for _, layer in decoder_layers(model) for _, one in named_tensors(layer)}
+    layers = {id(one) for layer in decoder_layers(model) for _, one in named_tensors(layer)}
     counted = rest = 0
     for spec in anatomy(model):
         for tensor in (tensors[one] for one in spec.tensors if spec.name not in ("vision", "audio")):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autoglm_lab.models.anatomy import named_tensors
-from autoglm_lab.models.lean_layers import decoder_of
+from autoglm_lab.models.decoder_layers import decoder_layers
 
 STAGES = 2
 """Places on the device that parts from the host come to: one is read while the other is filled."""
@@ -70,18 +70,6 @@ def host_share(model: Any, saved: int) -> HostShare:
     return HostShare(rows, host_parts(model, saved - (0 if rows is None else rows.nbytes)))
 
 
-def decoder_layers(model: Any) -> list[tuple[str, nn.Module]]:
-    """The layers of the decoder, first to last, with their paths; empty where the model has no list of them."""
-    inside = {id(module) for module in decoder_of(model).modules()}
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and id(module) in inside
-    ]
-    path, layers = max(lists, key=lambda one: len(one[1]), default=("", ()))
-    return [(f"{path}.{index}", layer) for index, layer in enumerate(layers)]
-
-
 def host_parts(model: Any, saved: int) -> tuple[HostPart, ...]:
     """The parts to keep on the host so that the device holds at least ``saved`` bytes less, in the order of a forward.
 
@@ -140,9 +128,10 @@ def _spread(parts: list[HostPart], count: int) -> list[HostPart]:
 def _parts(model: Any) -> list[HostPart]:
     """Every part that may be kept on the host: the large children of the layers, less what they share with others."""
     own = _Own(model)
+    paths = {id(module): path for path, module in model.named_modules()}
     found = [
-        own.part(f"{path}.{step}", child)
-        for path, layer in decoder_layers(model)
+        own.part(f"{paths[id(layer)]}.{step}", child)
+        for layer in decoder_layers(model)
         for step, child in layer.named_children()
     ]
     largest = max((part.nbytes for part in found), default=0)

@@ -166,3 +166,11 @@ def test_all_of_a_share_is_filled_or_nothing():
     with pytest.raises(LoadError):
         weights.fill()
     assert list(weights.holdings()) == []
+
+
+def test_a_layers_own_list_of_experts_is_not_taken_for_the_layers():
+    model = llama(3)
+    for layer in model.model.layers:
+        layer.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(8))
+    paths = [part.path for part in host_parts(model, 1 << 30)]
+    assert paths == [f"model.layers.{number}.{part}" for number in range(3) for part in ("self_attn", "mlp")]
