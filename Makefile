@@ -68,7 +68,7 @@ $(VENV)/.core: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.lab: $(INPUTS) | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes some minutes"
-	@$(INSTALL) ".[lab]" && touch $@ $(VENV)/.core
+	@$(INSTALL) ".[lab,serve,train]" && touch $@ $(VENV)/.core
 
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	@echo "Installing into $(VENV); the first time takes some minutes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.engine_bench import EngineBench
-from autoglm_lab.errors import EngineClosedError
+from autoglm_lab.errors import EngineClosedError, LabError
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv.feature_store import FeatureStore
 from autoglm_lab.memory.kv.kv_pool import KvPool
@@ -165,8 +166,14 @@ class Workbench(EngineBench):
 
     @property
     def tuner(self) -> Tuner:
-        """Training and adapters: what was learnt, switched on and off, merged, saved, loaded."""
+        """Training and adapters: what was learnt, switched on and off, merged, saved, loaded.
+
+        Raises:
+            LabError: the extra ``train`` is not installed.
+        """
         if self._tuner is None:
+            if importlib.util.find_spec("peft") is None:
+                raise LabError('fine-tuning needs the extra "train": pip install "autoglm-lab[train]"')
             from autoglm_lab.training.tuner import Tuner
 
             self._tuner = Tuner(self.engine, self._book, self._recompute)

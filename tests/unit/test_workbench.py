@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,9 @@ def test_the_article_model_runs_with_made_up_weights_of_its_shape() -> None:
 def test_a_module_that_is_not_there_is_not_in_the_modules(wb: lab.Workbench) -> None:
     assert "vision" in wb.modules
     assert "KV main" not in wb.modules
+
+
+def test_without_peft_fine_tuning_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with lab.load("autoglm-tiny", device="cpu") as wb, pytest.raises(lab.LabError, match=r"autoglm-lab\[train\]"):
+        wb.finetune([], steps=1)
