@@ -1,10 +1,13 @@
-"""What holds for every tier: one thread, no hub, and no connection beyond this machine."""
+"""What holds for every tier: one thread, one seed, no hub, and no connection beyond this machine."""
 
 from __future__ import annotations
 
 import ipaddress
+import operator
 import os
+import random
 import socket
+import sys
 
 import pytest
 
@@ -12,6 +15,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """A test sees the same random weights alone, among all others, and on every machine."""
+    random.seed(0)
+    for library, seed in (("torch", "manual_seed"), ("numpy", "random.seed")):
+        if library in sys.modules:
+            operator.attrgetter(seed)(sys.modules[library])(0)
 
 
 @pytest.fixture(autouse=True)
