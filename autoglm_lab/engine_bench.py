@@ -100,6 +100,10 @@ class EngineBench:
         """Who owns which bytes of the device, now."""
         return self.engine.ledger()
 
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """As `memory`, one for each device that the model lies on."""
+        return self.engine.ledgers()
+
     @property
     def modules(self) -> Modules:
         """The modules by name: ``wb.modules["audio"].park()``."""
@@ -147,11 +151,11 @@ class EngineBench:
         self.close()
 
     def __repr__(self) -> str:
-        return f"{self._title}" if self.closed else f"{self._title}\n{self.memory}"
+        return "\n".join([self._title, *([] if self.closed else map(str, self.ledgers()))])
 
     def _repr_html_(self) -> str:
         name, _, rest = self._title.partition(" ")
-        return f"<b>{name}</b> {rest}{'' if self.closed else self.memory._repr_html_()}"
+        return f"<b>{name}</b> {rest}{'' if self.closed else ''.join(one._repr_html_() for one in self.ledgers())}"
 
     @property
     def _title(self) -> str:

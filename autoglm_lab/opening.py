@@ -26,6 +26,7 @@ from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.progress import visible
 from autoglm_lab.remote_workbench import RemoteWorkbench
+from autoglm_lab.spreading import Devices, open_devices, spread_over
 from autoglm_lab.workbench import Workbench
 
 
@@ -39,6 +40,7 @@ def load(
     dtype: str = "auto",
     quantize: str | Mapping[str, str] | None = None,
     device: str | None = None,
+    devices: Devices | None = None,
     seed: int = 0,
     allow: str | Collection[str] = (),
     progress: bool | None = None,
@@ -58,6 +60,9 @@ def load(
             ``"int4"``: of the text, with the head in int8. It goes into the policy (see `ModulePolicy`); weights are
             quantised while they are read.
         device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
+        devices: several GPUs in its place: how many, their names, or a device map as accelerate's. Each gets a run of
+            layers with their keys and values, so that the fullest is as empty as it can be with ``workload`` under
+            way; a budget holds for each of them.
         seed: of made-up weights.
         allow: what is refused otherwise, by name: ``"pickle"`` (weights that can run any code when they are read),
             ``"remote-code"`` (a model's own Python files).
@@ -74,7 +79,12 @@ def load(
     if policy.reclaim.expandable_segments:
         expand_segments()  # before CUDA starts; where it is too late the workbench says so
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
-    accelerator = open_accelerator(device)
+    if device is not None and devices is not None:
+        raise LabError("device= is for one device and devices= for several: give one of them")
+    accelerators = open_devices(devices) if devices is not None else (open_accelerator(device),)
+    accelerator = accelerators[0]
+    if auto and len(accelerators) > 1:
+        raise LabError("policy='auto' is chosen for one device: give a MemoryPolicy beside devices=")
     resolved = resolve(
         source,
         weights=weights,
@@ -89,7 +99,9 @@ def load(
     choice = _chosen_for(resolved, policy, workload or Workload(), accelerator) if auto else None
     policy = policy if choice is None else choice.policy
     keep_in(resolved, policy.precisions())
-    workbench = Workbench(resolved, policy, accelerator=accelerator, progress=progress)
+    device_map = devices if isinstance(devices, Mapping) else None
+    spread = spread_over(resolved, accelerators, policy, workload, device_map)
+    workbench = Workbench(resolved, policy, *accelerators, spread=spread, progress=progress)
     if choice is not None:
         workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
     return workbench
@@ -113,7 +125,7 @@ def attach(model: PreTrainedModel, processor: Any = None, *, policy: MemoryPolic
     accelerator = open_accelerator(model.device)
     adopted, policy = adopt(model, processor, device=model.device), policy or MemoryPolicy()
     keep_in(adopted, policy.precisions())
-    return Workbench(adopted, policy, accelerator=accelerator)
+    return Workbench(adopted, policy, accelerator)
 
 
 def connect(url: str, *, api_key: str | None = None, model: str | None = None, timeout: float = 120) -> RemoteWorkbench:

@@ -249,8 +249,12 @@ class MemoryPolicy(_Part):
         return {name: _residency_or_part(part) for name, part in value.items()}
 
     def module(self, name: str) -> ModulePolicy:
-        """The settings of one module; the defaults where the policy does not name it."""
-        return self.modules.get(name, ModulePolicy())
+        """The settings of one module; the defaults where the policy does not name it.
+
+        ``text@1``, the part of a module on a second device, has those of ``text`` where it is not named itself.
+        """
+        whole = self.modules.get(name.partition("@")[0], ModulePolicy())
+        return self.modules.get(name, whole)
 
     def precisions(self) -> dict[str, str]:
         """The precision of every module that is not kept as it is loaded."""

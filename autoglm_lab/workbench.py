@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.engine_bench import EngineBench
 from autoglm_lab.errors import EngineClosedError, LabError
+from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv.feature_store import FeatureStore
 from autoglm_lab.memory.kv.kv_pool import KvPool
@@ -45,6 +46,7 @@ from autoglm_lab.models.loading import Outline, Resolved
 from autoglm_lab.models.original import Original
 from autoglm_lab.models.precision import convert, made_in, precisions_of
 from autoglm_lab.models.skeleton import skeleton
+from autoglm_lab.models.spread import Spread
 from autoglm_lab.policy import MemoryPolicy
 
 if TYPE_CHECKING:
@@ -65,41 +67,53 @@ class Workbench(EngineBench):
     Attributes:
         model: the plain transformers model.
         processor: the plain transformers processor, or tokenizer.
+        samplers: ledgers over time, one for each device.
     """
 
     engine: LocalEngine
 
     def __init__(
-        self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any, progress: bool | None = False
+        self,
+        resolved: Resolved,
+        policy: MemoryPolicy,
+        *accelerators: Accelerator,
+        spread: Spread | None = None,
+        progress: bool | None = False,
     ) -> None:
+        accelerator = accelerators[0]
         refuse_unfit(resolved.model)
         self.name = resolved.name
         self.model, self.processor = resolved.model, resolved.processor
         self._outline: Outline | None = None
         self._original = Original(resolved.model)
         resolved.model.eval()
-        self._book = book = LedgerBook(accelerator)
+        self._book = book = LedgerBook(*accelerators)
         self._tuner: Tuner | None = None
         started = time.monotonic()
-        self.sampler = Sampler(_weakly(self))
+        self.samplers = tuple(Sampler(_weakly(self, card)) for card in range(len(accelerators)))
+        self.sampler = self.samplers[0]
         check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
-        residency = Residency(resolved, accelerator, policy=policy, on_event=self.sampler.record)
+        residency = Residency(resolved, *accelerators, policy=policy, on_event=self.sampler.record, spread=spread)
         try:
-            accelerator.set_budget(policy.budget)
+            for one in accelerators:
+                one.set_budget(policy.budget)
             residency.materialise(progress=progress)
         except BaseException:
             residency.close()
             raise
         book.register(residency)
         form = PageFormat.of(resolved.config, resolved.dtype, policy.kv.precision)
-        pool = None if form is None else KvPool(form, accelerator, policy.kv.place, residency.pinned)
+        pool = None
+        if form is not None:
+            place, pinned, layers = policy.kv.place, residency.pinned, residency.layers
+            pool = KvPool(form, *accelerators, place=place, pinned=pinned, layers=layers)
         features = FeatureStore()
         state = EngineState(
             model=resolved.model,
             processor=resolved.processor,
             residency=residency,
-            accelerator=accelerator,
-            reclaimer=Reclaimer(accelerator),
+            accelerators=accelerators,
+            reclaimer=Reclaimer(*accelerators),
             sampler=self.sampler,
             meter=PeakMeter(accelerator.device, lambda: accelerator.reading().process),
             stepper=Stepper(resolved.model, encoder=Encoder(resolved.model, features)),
@@ -116,19 +130,10 @@ class Workbench(EngineBench):
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
-        for note in resolved.notes:
-            state.event("note", note)
-        if policy.placement.host_bytes and residency.on_host is None:
-            state.event("note", "placement", why="nothing is kept on the host beside the device: they are one here")
-        fixed = limit_image_tokens(resolved.processor, policy.max_image_tokens)
-        if fixed:
-            state.event("note", "max_image_tokens", why=fixed)
-        if pool is None:
-            state.event("note", "keys and values", why=_OWN_CACHE)
-        late = expand_segments(accelerator.kind) if policy.reclaim.expandable_segments else ""
-        if late:
-            state.event("note", "reclaim", why=late)
-        self.sampler.start()
+        for subject, why in _notes(resolved, state, spread):
+            state.event("note", subject, why=why)
+        for sampler in self.samplers:
+            sampler.start()
         weakref.finalize(self, _let_go, self.engine.state)
         for other in open_workbenches():
             state.event("note", f"another workbench of this process, '{other.name}', is open: close() frees it")
@@ -275,21 +280,40 @@ class Workbench(EngineBench):
         return self.model
 
 
+def _notes(resolved: Resolved, state: EngineState, spread: Spread | None) -> Iterator[tuple[str, str]]:
+    """What of the policy holds otherwise here, or not: subjects and sentences."""
+    policy = state.policy
+    yield from ((note, "") for note in resolved.notes)
+    if spread is not None:
+        yield "placement", str(spread)
+    if policy.placement.host_bytes and state.residency.on_host is None:
+        why = "they are one here" if spread is None else "the model lies on several devices"
+        yield "placement", f"nothing is kept on the host beside the device: {why}"
+    fixed = limit_image_tokens(resolved.processor, policy.max_image_tokens)
+    if fixed:
+        yield "max_image_tokens", fixed
+    if state.pool is None:
+        yield "keys and values", _OWN_CACHE
+    late = expand_segments(state.accelerator.kind) if policy.reclaim.expandable_segments else ""
+    if late:
+        yield "reclaim", late
+
+
 _OWN_CACHE = (
     "this model's layers slide, keep a state or look at an image, so they stay in transformers' own cache: one "
     "conversation decodes at a time, and nothing of it is shared with another"
 )
 
 
-def _weakly(workbench: Workbench) -> Callable[[], Ledger]:
-    """Reads the ledger without keeping the workbench alive: the sampler's thread outlives what nobody holds."""
+def _weakly(workbench: Workbench, card: int) -> Callable[[], Ledger]:
+    """Reads a device's ledger without keeping the workbench alive: the sampler's thread outlives what nobody holds."""
     reference = weakref.ref(workbench)
 
     def read() -> Ledger:
         held = reference()
         if held is None:
             raise EngineClosedError("the workbench is gone")
-        return held.engine.ledger()
+        return held.engine.ledger(card)
 
     return read
 
@@ -303,8 +327,7 @@ def _let_go(state: EngineState) -> None:
     if state.pool is not None:
         state.pool.close()
     state.residency.close()
-    if state.accelerator.budget is not None:
-        state.accelerator.set_budget(None)
+    state.set_budget(None)
 
 
 def _mark_encoding(residency: Residency, state: EngineState) -> list[Any]:

@@ -130,7 +130,7 @@ def opened(row: Setting, policy: MemoryPolicy, accelerator: Accelerator) -> Work
     config: Any = source(row.model, small=row.small)
     resolved = resolve(config, weights=weights, dtype=row.dtype, device=accelerator.device)
     resolved.processor = made_up_processor(config)
-    return Workbench(resolved, policy, accelerator=accelerator)
+    return Workbench(resolved, policy, accelerator)
 
 
 def _ask(bench: Workbench, row: Setting) -> dict[str, int]:

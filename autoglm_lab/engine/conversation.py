@@ -82,8 +82,9 @@ class Conversations:
     def holdings(self) -> Iterable[Row]:
         for one in tuple(self._by_name.values()):
             counts = f"keys and values of {len(one.kv.ids):,} tokens of conversation '{one.name}'"
-            nbytes = one.kv.own_nbytes
             if one.kv.paged is None:  # a cache of transformers' own lies in tensors
-                yield Row(f"KV {one.name}", "kv", "device", nbytes, counts, within="allocator")
-            else:
-                yield Row(f"KV {one.name}", "kv", one.kv.paged.pool.place, nbytes, counts)
+                yield Row(f"KV {one.name}", "kv", "device", one.kv.own_nbytes, counts, within="allocator")
+                continue
+            pool = one.kv.paged.pool
+            for card, nbytes in pool.parted(one.kv.paged.own_pages):
+                yield Row(f"KV {one.name}", "kv", pool.place, nbytes, counts, card=card)

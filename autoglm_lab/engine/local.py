@@ -101,8 +101,15 @@ class LocalEngine:
     def closed(self) -> bool:
         return self._closed
 
-    def ledger(self) -> Ledger:
-        return self._book.read(self._state.phase, self._state.policy.budget)
+    def ledger(self, card: int = 0) -> Ledger:
+        """Args:
+        card: which device, where the model lies on several.
+        """
+        return self._book.read(self._state.phase, self._state.policy.budget, card)
+
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """One for each device."""
+        return tuple(self.ledger(card) for card in range(self._book.cards))
 
     def modules(self) -> tuple[ModuleInfo, ...]:
         return tuple(module.info() for module in self._state.residency.values())
@@ -455,8 +462,7 @@ def _close(state: EngineState, book: LedgerBook) -> None:
         book.unregister(state.pool)
         state.pool.close()
     state.residency.close()
-    if state.accelerator.budget is not None:
-        state.accelerator.set_budget(None)
+    state.set_budget(None)
 
 
 def _with_parts(messages: tuple[Message, ...], parts: Sequence[Any]) -> tuple[Message, ...]:

@@ -66,14 +66,14 @@ class PolicyChange:
 
     def _keep_what_fits(self, policy: MemoryPolicy, before: MemoryPolicy) -> None:
         state = self._state
-        state.accelerator.set_budget(policy.budget)
+        state.set_budget(policy.budget)
         try:
             state.residency.apply(policy)
             state.policy = policy
             fit_budget(state)
         except Exception:
             state.policy = before
-            state.accelerator.set_budget(before.budget)
+            state.set_budget(before.budget)
             if state.residency.policy is not before:
                 state.residency.apply(before)
             raise
@@ -84,7 +84,7 @@ class PolicyChange:
         for conversation in state.conversations.idle_by_age():
             evict(state, conversation, "the policy keeps keys and values in another way")
         old.prefixes.obey(kv.model_copy(update={"reuse": False}))
-        state.pool = KvPool(old.form.at(kv.precision), state.accelerator, kv.place, state.residency.pinned)
+        state.pool = old.like(old.form.at(kv.precision), kv.place)
         state.conversations.use(state.pool)
         self._book.register(state.pool)
         state.prepare_steps()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class EngineState:
     """The parts of a local engine.
 
     Attributes:
+        accelerators: the model's devices; a prompt comes to the first.
         pool: the pages of keys and values; None where this model's layers cannot be paged.
         features: what the encoders gave for images and sounds, by content.
         context_tokens: the longest dialogue the model takes; None: not stated.
@@ -47,7 +49,7 @@ class EngineState:
     model: Any
     processor: Any
     residency: Residency
-    accelerator: Accelerator
+    accelerators: tuple[Accelerator, ...]
     reclaimer: Reclaimer
     sampler: Sampler
     meter: PeakMeter
@@ -63,6 +65,25 @@ class EngineState:
     tokens_per_second: float | None = None
     admission: Admission | None = None
     meanwhile: Callable[[], None] = lambda: None
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The device that a prompt comes to; the only one, most often."""
+        return self.accelerators[0]
+
+    @contextlib.contextmanager
+    def growth(self, what: str, times: int | None = None) -> Iterator[None]:
+        """Count what the driver takes meanwhile, on every device. See `Accelerator.growth`."""
+        with contextlib.ExitStack() as open_:
+            for accelerator in self.accelerators:
+                open_.enter_context(accelerator.growth(what, times))
+            yield
+
+    def set_budget(self, nbytes: int | None) -> None:
+        """Cap what the process may use on each device; None: no cap that we set."""
+        for accelerator in self.accelerators:
+            if nbytes is not None or accelerator.budget is not None:
+                accelerator.set_budget(nbytes)
 
     @property
     def tokenizer(self) -> Any:
@@ -97,7 +118,8 @@ class EngineState:
         if old.graphs is not None:
             old.graphs.clear()
         graphs = None
-        if self.pool is not None and self.accelerator.kind == "cuda" and self.policy.kv.graphs:
+        together = self.pool is not None and len(self.pool.shares) == 1
+        if self.pool is not None and together and self.accelerator.kind == "cuda" and self.policy.kv.graphs:
             graphs = DecodeGraphs(
                 self.model,
                 self.pool,
@@ -127,7 +149,8 @@ class EngineState:
 
     def warm_up(self) -> None:
         """What the first step would wait for; on the thread that runs the steps."""
-        self.accelerator.warm_up()
+        for accelerator in self.accelerators:
+            accelerator.warm_up()
         if self.stepper.graphs is not None:
             self.stepper.graphs.wait_for_kernels()
 
@@ -159,6 +182,6 @@ class EngineState:
         """
         if self.policy.budget is None:
             return
-        headroom = self.accelerator.headroom()
+        headroom = min(accelerator.headroom() for accelerator in self.accelerators)
         if headroom < 0:
             raise OutOfMemoryError(self.phase, -headroom, 0)

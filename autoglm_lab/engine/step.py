@@ -57,6 +57,7 @@ class Stepper:
         self._cache_name = "cache_params" if "cache_params" in self._accepted else "past_key_values"
         self._told = told
         self._in_pieces: bool | None = None
+        self._here = torch.empty(0, device=model.device)
 
     @torch.no_grad()
     def prefill(
@@ -238,11 +239,12 @@ class Stepper:
             arguments["logits_to_keep"] = 1
         ours = isinstance(cache, PagedCache) and self._configs
         over_pages = paged(self._configs, cache) if ours else contextlib.nullcontext()  # type: ignore[arg-type]
-        with over_pages, self._lean.active():
+        # On several devices each part of the model makes its own the current one; afterwards it is this one again.
+        with over_pages, self._lean.active(), torch.cuda.device_of(self._here):
             given: dict[str, Any] = {self._cache_name: cache, "use_cache": True, **arguments}
             logits: Tensor = self._model(**given).logits
         self.encoder.check_used(arguments)
-        return logits[:, -1].float()
+        return logits[:, -1].float().to(self._here.device)
 
 
 def _fitting(chunk: int, state: KvState) -> int:

@@ -112,5 +112,5 @@ class TurnQueue:
     def _step(self, kvs: Sequence[KvState], tokens: Sequence[int]) -> list[Tensor]:
         # What was parked between two steps is woken here: a replayed graph calls no module that could ask for it.
         self._state.residency.ensure(self._state.in_use, "an answer under way")
-        with self._state.accelerator.growth("first decode steps", times=3):
+        with self._state.growth("first decode steps", times=3):
             return self._state.stepper.decode(kvs, tokens)

@@ -167,7 +167,7 @@ class TurnRun:
             state.meanwhile()
             return not self.cancelled
 
-        with state.accelerator.growth("kernels of prefill"):
+        with state.growth("kernels of prefill"):
             return state.stepper.prefill(
                 self.conversation.kv, prompt, start, chunk=state.policy.kv.chunk, between=between
             )

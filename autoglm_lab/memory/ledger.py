@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from autoglm_lab.memory.ledger_view import html, svg, text
@@ -45,6 +45,7 @@ class Row:
         counts: what the row counts and where the figure comes from, in one sentence.
         within: where in torch's device allocator the bytes lie: ``allocator``, in tensors; ``cache``, held but in no
             tensor, as a captured graph's private pool. None: memory of their own, as slabs and pages.
+        card: number of the device that a ``device`` row is about, among those of its model.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Row:
     nbytes: int | None
     counts: str = ""
     within: Literal["allocator", "cache"] | None = None
+    card: int = 0
 
 
 @dataclass(frozen=True, repr=False, slots=True)
@@ -61,6 +63,7 @@ class Ledger:
 
     Attributes:
         device: name of the device, for people.
+        card: its number among the devices of its model.
         total: bytes of the device; None: an endpoint does not tell.
         process: bytes this process holds on the device, as the driver or the kernel reports them; None: hidden.
         rows: disjoint rows, in the order they are shown.
@@ -78,6 +81,7 @@ class Ledger:
     phase: str = "idle"
     budget: int | None = None
     notes: tuple[str, ...] = field(default=())
+    card: int = 0
 
     def on(self, place: Place) -> tuple[Row, ...]:
         return tuple(row for row in self.rows if row.place == place)
@@ -138,14 +142,14 @@ _PAUSE = 0.001
 
 
 class LedgerBook:
-    """The owners of one device, and readings of it.
+    """The owners of one model's bytes, and readings of its device, or of each of its devices.
 
     Owners may come and go from any thread. A reading is taken while nothing of ours changes, where that can be had, so
     that no figure straddles a change.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, *accelerators: Accelerator) -> None:
+        self._accelerators = accelerators
         self._owners: list[Owner] = []
         self._lock = threading.Lock()
 
@@ -159,24 +163,31 @@ class LedgerBook:
         with self._lock:
             self._owners = [known for known in self._owners if known is not owner]
 
-    def read(self, phase: str = "idle", budget: int | None = None) -> Ledger:
+    @property
+    def cards(self) -> int:
+        """How many devices there are."""
+        return len(self._accelerators)
+
+    def read(self, phase: str = "idle", budget: int | None = None, card: int = 0) -> Ledger:
         """Who owns which bytes now.
 
         Args:
             phase: what the engine is doing.
             budget: bytes that the policy allows; None: what the accelerator was told.
+            card: which device. What is on the host and on disk stands in the first one's.
         """
+        accelerator = self._accelerators[card]
         with self._lock:
             owners = tuple(self._owners)
         for left in reversed(range(_TRIES)):
-            before = self._accelerator.counters()
-            owned = [row for owner in owners for row in owner.holdings()]
-            reading = self._accelerator.reading()
-            after = self._accelerator.counters()
+            before = accelerator.counters()
+            owned = [row for owner in owners for row in owner.holdings() if row.card == card]
+            reading = accelerator.reading()
+            after = accelerator.counters()
             if (before == after and not after.moving) or not left:
                 break
             time.sleep(_PAUSE if after.moving else 0)
-        return _compose(self._accelerator, reading, owned, phase, budget)
+        return replace(_compose(accelerator, reading, owned, phase, budget), card=card)
 
 
 def _compose(accelerator: Accelerator, reading: Reading, owned: list[Row], phase: str, budget: int | None) -> Ledger:

@@ -12,10 +12,10 @@ from autoglm_lab.policy import ReclaimPolicy
 
 
 class Reclaimer:
-    """Gives unused memory back: by request, every some answers, or when too much is cached."""
+    """Gives unused memory back, of every device: by request, every some answers, or when too much is cached."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+    def __init__(self, *accelerators: Accelerator) -> None:
+        self._accelerators = accelerators
 
     def due(self, answers: int, ledger: Ledger, policy: ReclaimPolicy) -> str:
         """Why it is time to reclaim; empty (false) where it is not.
@@ -46,7 +46,11 @@ class Reclaimer:
         start = time.perf_counter()
         if clear_traceback:
             forget_last_error()
-        gained = self._accelerator.give_back()
+        first, *others = self._accelerators
+        held = [other.reading().process for other in others]
+        gained = first.give_back()  # torch empties its caches on all of them at once
+        for other, before in zip(others, held, strict=True):
+            gained += (before or 0) - (other.reading().process or 0)
         seconds = time.perf_counter() - start
         told = "; ".join(part for part in (why, kept_outputs()) if part)
         return Event(time.time(), "reclaimed", "memory", gained, seconds, told)

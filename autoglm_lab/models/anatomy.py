@@ -7,7 +7,7 @@ and persistent buffer belongs to exactly one module; what cannot be told apart i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class ModuleSpec:
         nbytes: their bytes.
         roots: the outermost submodules that hold nothing else; empty where the module has none of its own.
         note: what could not be told apart, in a sentence.
+        card: number of the device that it is placed on.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ModuleSpec:
     nbytes: int
     roots: tuple[str, ...]
     note: str = ""
+    card: int = 0
 
 
 def anatomy(model: nn.Module) -> tuple[ModuleSpec, ...]:
@@ -90,6 +92,31 @@ def anatomy(model: nn.Module) -> tuple[ModuleSpec, ...]:
         )
         for name in ORDER
         if name in members
+    )
+
+
+def parted(model: nn.Module, specs: tuple[ModuleSpec, ...], card_of: Callable[[str], int]) -> tuple[ModuleSpec, ...]:
+    """The same modules, those on several devices as one for each: ``text`` on the first, ``text@1`` on the second."""
+    tensors = dict(named_tensors(model))
+    members: dict[tuple[str, int], list[str]] = {}
+    for spec in specs:
+        for name in spec.tensors:
+            members.setdefault((spec.name, card_of(name)), []).append(name)
+    # A module that lies on one device alone keeps its name.
+    cards = {spec.name: sorted(card for name, card in members if name == spec.name) for spec in specs}
+    called = {(name, card): name if card == cards[name][0] else f"{name}@{card}" for name, card in members}
+    roots = _roots(model, {id(tensors[one]): called[key] for key, names in members.items() for one in names})
+    notes = {spec.name: spec.note for spec in specs}
+    return tuple(
+        ModuleSpec(
+            called[key],
+            tuple(names),
+            sum(tensors[one].numel() * tensors[one].element_size() for one in names),
+            tuple(roots.get(called[key], ())),
+            notes[key[0]],
+            key[1],
+        )
+        for key, names in sorted(members.items(), key=lambda one: (ORDER.index(one[0][0]), one[0][1]))
     )
 
 

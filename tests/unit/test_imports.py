@@ -28,7 +28,7 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"training", "server", "widgets", "figures"}, False),
     ({"modules"}, True),
     ({"engine_bench", "remote_workbench", "workbench"}, True),
-    ({"opening", "serving"}, True),
+    ({"opening", "serving", "spreading"}, True),
     ({"bench"}, True),
     ({"cli", "demo", "doctor", "finetune_command", "gpus", "magic", "scale_out_command", "serve_command"}, True),
 )

@@ -7,81 +7,84 @@ only when its step has ended, so a step that fails half-way through the layers l
 from __future__ import annotations
 
 import heapq
-import mmap
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
-import psutil
-import torch
 from torch import Tensor
 
 from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.kv.host_pages import HostPages
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat, PageStore
-from autoglm_lab.memory.kv.page_region import CudaPageRegion, HostPageRegion, PageRegion, PinnedPageRegion
+from autoglm_lab.memory.kv.page_share import PageShare, Place, shares_of
 from autoglm_lab.memory.kv.prefix_store import PrefixStore
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.residency.pinned import PinnedBudget
 
 
 class KvPool:
-    """The pages of one model on one device. Only the engine's thread takes and returns them.
+    """The pages of one model. Only the engine's thread takes and returns them.
 
     Args:
         form: what a page holds.
+        accelerators: the model's devices.
         place: ``host`` puts the pages of a GPU's model into pinned host memory, which the GPU reads from there; on a
             CPU machine the device is the host.
         pinned: what limits page-locked memory for prefixes that leave the device; None: nothing does.
+        layers: of each layer, the number of its device; empty: all lie on the first.
 
     Attributes:
-        store: the pages as tensors.
+        shares: what each device holds of the pages.
         prefixes: pages that several hold, or that are kept when nobody holds them.
     """
 
     def __init__(
         self,
         form: PageFormat,
-        accelerator: Accelerator,
-        place: Literal["device", "host"] = "device",
+        *accelerators: Accelerator,
+        place: Place = "device",
         pinned: PinnedBudget | None = None,
+        layers: Sequence[int] = (),
     ) -> None:
-        self.form, self._accelerator = form, accelerator
-        self._device = accelerator.device
-        self.place: Literal["device", "host"] = place if accelerator.kind == "cuda" else "device"
-        # Rows of the GPU's memory are read 512 bytes at a time; the kernel gives the host's back in pages of its own.
-        grain = 512 if accelerator.kind == "cuda" else mmap.PAGESIZE
-        self._stride = -(-form.nbytes // grain) * grain
-        region, pages = self._reserve()
-        self._region: PageRegion = region
+        self.form, self._accelerators, self._pinned, self._layers = form, accelerators, pinned, tuple(layers)
+        self.shares, self._at = shares_of(form, accelerators, layers, place)
+        first = self.shares[0]
+        self.place = first.place
+        self._cards = tuple(accelerators.index(share.accelerator) for share in self.shares)
+        self._pages = min(share.pages for share in self.shares)
         self._free: list[int] = []
-        self._fresh, self._pages = 0, pages
-        self._users: dict[int, int] = {}
+        self._fresh = 0
         self._holders: dict[int, int] = {}
         self._shared = 0  # pages that several hold; counted as they change, since the sampler asks ten times a second
-        second = accelerator.kind == "cuda" and self.place == "device"
-        host = HostPages(form.nbytes, self._device, pinned) if second else None
+        # What leaves the device goes to the host in one piece, so pages of several devices do not.
+        second = first.accelerator.kind == "cuda" and self.place == "device" and len(self.shares) == 1
+        host = HostPages(form.nbytes, first.device, pinned) if second else None
         self.prefixes = PrefixStore(self, host, PAGE_TOKENS)
         self._closed = False
-        self.store = PageStore(form, region.bytes[: pages * self._stride], self._stride)
 
-    def _reserve(self) -> tuple[PageRegion, int]:
-        """Addresses for as many pages as could ever be there, and their number."""
-        if self._accelerator.kind == "cpu":
-            pages = max(1, self._accelerator.total // self._stride)
-            region = HostPageRegion(pages * self._stride, chunk=self._stride)
-            return region, region.bytes.numel() // self._stride
-        if self.place == "host":
-            pages = max(1, psutil.virtual_memory().total // self._stride)
-            return PinnedPageRegion(pages * self._stride, self._device), pages
-        pages = max(1, self._accelerator.total // self._stride)
-        return CudaPageRegion(pages * self._stride, self._device), pages
+    def like(self, form: PageFormat, place: Place) -> KvPool:
+        """An empty pool for the same model with pages of another kind."""
+        return KvPool(form, *self._accelerators, place=place, pinned=self._pinned, layers=self._layers)
+
+    @property
+    def store(self) -> PageStore:
+        """The pages as tensors, where one device holds them all."""
+        (share,) = self.shares
+        return share.store
+
+    def of(self, layer: int) -> tuple[PageShare, int]:
+        """Who holds a layer's keys and values, and as which of its layers."""
+        number, within = self._at[layer]
+        return self.shares[number], within
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, rounding included."""
-        return self._stride
+        return sum(share.stride for share in self.shares)
+
+    def parted(self, pages: int) -> tuple[tuple[int, int], ...]:
+        """Bytes of so many pages by the number of their device."""
+        return tuple((card, pages * share.stride) for card, share in zip(self._cards, self.shares, strict=True))
 
     @property
     def used_pages(self) -> int:
@@ -90,19 +93,19 @@ class KvPool:
     @property
     def backed(self) -> int:
         """Bytes of memory behind the pages: those in use, and those not given back yet."""
-        return len(self._users) * self._region.chunk
+        return sum(share.backed for share in self.shares)
 
     def take(self, count: int) -> list[int]:
         """``count`` pages; those that are only kept as prefixes make room where there is none.
 
         Raises:
-            OutOfMemoryError: the device or the budget has no room; nothing was taken.
+            OutOfMemoryError: a device or the budget has no room; nothing was taken.
         """
-        wanted = count * self._stride
-        had = self._room() + max(0, self.backed - self.used_pages * self._stride)
-        if count and wanted > had:
-            had += self.prefixes.free(wanted - had)
-        if count and (wanted > had or count > self._pages - self.used_pages):
+        missing, wanted, had = self._missing(count)
+        if count and missing > 0:
+            self.prefixes.free(missing * self.page_bytes)
+            missing, wanted, had = self._missing(count)
+        if count and (missing > 0 or count > self._pages - self.used_pages):
             raise OutOfMemoryError("KV cache", wanted, had)
         self.prefixes.before_writing()
         taken: list[int] = []
@@ -118,6 +121,25 @@ class KvPool:
             self.put(taken)
             raise OutOfMemoryError("KV cache", wanted, had) from None
         return taken
+
+    def _missing(self, count: int) -> tuple[int, int, int]:
+        """How many of ``count`` pages find no room; and of the device that lacks most, bytes needed and had."""
+        found = []
+        for share in self.shares:
+            wanted, had = count * share.stride, share.room(self.used_pages)
+            found.append((-(-(wanted - had) // share.stride), wanted, had))
+        return max(found)
+
+    def _back(self, page: int) -> None:
+        done: list[PageShare] = []
+        try:
+            for share in self.shares:
+                share.back(page)
+                done.append(share)
+        except MemoryError:
+            for share in done:
+                share.release([page])
+            raise
 
     def share(self, pages: Iterable[int]) -> None:
         """Let one more conversation hold ``pages``, which are in use or kept."""
@@ -143,12 +165,13 @@ class KvPool:
 
         On a CPU their memory goes back to the system at once, on CUDA with `trim`.
         """
-        for page in pages:
+        gone = tuple(pages)
+        for page in gone:
             del self._holders[page]
             heapq.heappush(self._free, page)
-            for chunk in self._chunks(page):
-                self._users[chunk] -= 1
-        if self._device.type == "cpu":
+        for share in self.shares:
+            share.release(gone)
+        if self.shares[0].device.type == "cpu":
             self.trim()
 
     def holders(self, page: int) -> int:
@@ -158,34 +181,30 @@ class KvPool:
     def copy(self, page: int) -> int:
         """A page of its own with the contents of ``page``. Raises `OutOfMemoryError`."""
         (own,) = self.take(1)
-        self.raw(own).copy_(self.raw(page))
+        for share in self.shares:
+            share.raw(own).copy_(share.raw(page))
         return own
 
     def raw(self, page: int) -> Tensor:
-        """A page's bytes, whatever its format: ``uint8 [bytes]``."""
+        """A page's bytes, whatever its format, where one device holds them all: ``uint8 [bytes]``."""
         return self.store.raw(page)
 
     def trim(self) -> int:
         """Give the memory of unused pages back to the system. Returns bytes."""
-        idle = [chunk for chunk, users in self._users.items() if not users]
-        if idle and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        with self._accelerator.moving():
-            for chunk in idle:
-                self._region.give_back(chunk)
-                del self._users[chunk]
-            self._count(-len(idle))
-        return len(idle) * self._region.chunk
+        return sum(share.trim() for share in self.shares)
 
     def holdings(self) -> Iterable[Row]:
         shared = self._shared
         if shared:
             counts = f"{shared * PAGE_TOKENS:,} tokens that several conversations begin with, stored once"
-            yield Row("KV shared prefixes", "kv", self.place, shared * self._stride, counts)
+            for card, nbytes in self.parted(shared):
+                yield Row("KV shared prefixes", "kv", self.place, nbytes, counts, card=card)
         yield from self.prefixes.holdings(self.place)
-        idle = self.backed - self.used_pages * self._stride
-        if idle > 0:
-            yield Row("KV pages, unused", "kv", self.place, idle, "pages that no conversation holds, kept for the next")
+        for card, share in zip(self._cards, self.shares, strict=True):
+            idle = share.backed - self.used_pages * share.stride
+            if idle > 0:
+                counts = "pages that no conversation holds, kept for the next"
+                yield Row("KV pages, unused", "kv", self.place, idle, counts, card=card)
 
     def close(self) -> None:
         """Give everything back; again is no harm. The pool cannot be used afterwards."""
@@ -193,31 +212,8 @@ class KvPool:
             return
         self._closed = True
         self.prefixes.close()
-        self._count(-len(self._users))
-        self._users.clear()
-        del self.store
-        self._region.close()
-
-    def _back(self, page: int) -> None:
-        for chunk in self._chunks(page):
-            if chunk not in self._users:
-                self._region.back(chunk)
-                self._users[chunk] = 0
-                self._count(1)
-        for chunk in self._chunks(page):
-            self._users[chunk] += 1
-
-    def _chunks(self, page: int) -> range:
-        start = page * self._stride
-        return range(start // self._region.chunk, -(-(start + self._stride) // self._region.chunk))
-
-    def _count(self, chunks: int) -> None:
-        if chunks and self.place == "device":
-            self._accelerator.hold(chunks * self._region.chunk)
-
-    def _room(self) -> int:
-        """Bytes that further pages may take."""
-        return self._accelerator.headroom() if self.place == "device" else psutil.virtual_memory().available
+        for share in self.shares:
+            share.close()
 
 
 class PagedSequence:
@@ -240,12 +236,16 @@ class PagedSequence:
         return len(self.pages) * self.pool.page_bytes
 
     @property
-    def own_nbytes(self) -> int:
-        """Bytes of the pages that it alone holds."""
+    def own_pages(self) -> int:
+        """How many pages it alone holds."""
         # What is shared is what sequences begin with, so the first page of its own can be searched for.
         pages = tuple(self.pages)
-        first = bisect_left(pages, -1, key=lambda page: -self.pool.holders(page))
-        return (len(pages) - first) * self.pool.page_bytes
+        return len(pages) - bisect_left(pages, -1, key=lambda page: -self.pool.holders(page))
+
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes of the pages that it alone holds."""
+        return self.own_pages * self.pool.page_bytes
 
     def reserve(self, tokens: int) -> None:
         """Take pages for ``tokens`` more tokens. Raises `OutOfMemoryError`; nothing was taken then."""

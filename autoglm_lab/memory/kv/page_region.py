@@ -123,7 +123,7 @@ class CudaPageRegion:
             self._memory.unmap(self._address + index * self.chunk, self.chunk, handle)
 
     def close(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self._memory.device)
         for index in tuple(self._handles):
             self.give_back(index)
         self._memory.free(self._address, self._size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,30 @@ from autoglm_lab.memory.kv import paged_kernels
 from autoglm_lab.memory.kv.host_prefetch import HostPrefetch
 from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
+
+
+@dataclass(frozen=True)
+class _Reads:
+    """Where a step's tokens are, as one device reads it.
+
+    Attributes:
+        table: pages of each row, ``int32 [batch, pages]``.
+        lengths: tokens of each row with the new ones, ``int32 [batch]``.
+        places: page and slot of the new tokens, ``[batch, new]`` each; empty where kernels write them.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    places: tuple[Tensor, ...]
+
+    @classmethod
+    def on(cls, device: torch.device, table: list[list[int]], before: list[int], new: int, *, placed: bool) -> _Reads:
+        at = torch.tensor(table, device=device, dtype=torch.int32)
+        starts = torch.tensor(before, device=device, dtype=torch.int32)
+        if not placed:
+            return cls(at, starts + new, ())
+        places = starts[:, None] + torch.arange(new, device=device)
+        return cls(at, starts + new, (at.gather(1, places.long() // PAGE_TOKENS), places % PAGE_TOKENS))
 
 
 class PagedCache(Cache):
@@ -40,21 +65,17 @@ class PagedCache(Cache):
             for sequence, tokens in taken:
                 sequence.keep(tokens)
             raise
-        device = pool.store.codes.device
         self.before = [sequence.tokens for sequence in sequences]
         self.longest = max(self.before) + new_tokens
         width = -(-self.longest // PAGE_TOKENS)
         table = [
             [*sequence.pages[:width], *[sequence.pages[0]] * (width - len(sequence.pages))] for sequence in sequences
         ]
-        self.table = torch.tensor(table, device=device, dtype=torch.int32)
-        starts = torch.tensor(self.before, device=device, dtype=torch.int32)
-        self.lengths = starts + new_tokens
-        self._kernels = paged_kernels.available(pool)
-        if not self._kernels:
-            places = starts[:, None] + torch.arange(new_tokens, device=device)
-            self._new_pages = self.table.gather(1, places.long() // PAGE_TOKENS)
-            self._new_slots = places % PAGE_TOKENS
+        self._kernels = all(paged_kernels.available(share) for share in pool.shares)
+        self._reads = {
+            share: _Reads.on(share.device, table, self.before, new_tokens, placed=not self._kernels)
+            for share in pool.shares
+        }
         self._latest: tuple[int, Tensor, Tensor] | None = None
         super().__init__(layers=[PagedLayer(self, index) for index in range(pool.form.layers)])
 
@@ -65,11 +86,13 @@ class PagedCache(Cache):
             Those of all tokens, ``[batch, kv_heads, longest, head_dim]``, for the model's own attention; what was given
             where ours will read the pages.
         """
+        share, within = self.pool.of(layer)
+        at = self._reads[share]
         if self._kernels:
-            paged_kernels.write(self.pool, layer, keys, values, self.table, self.lengths)
+            paged_kernels.write(share, within, keys, values, at.table, at.lengths)
         else:
-            new = keys.transpose(1, 2), values.transpose(1, 2)
-            self.pool.store.write(layer, self._new_pages, self._new_slots, *new)
+            pages, slots = at.places
+            share.store.write(within, pages, slots, keys.transpose(1, 2), values.transpose(1, 2))
         self._latest = layer, keys, values
         return self.read() if self.gathers else (keys, values)
 
@@ -79,22 +102,28 @@ class PagedCache(Cache):
         layer, keys, values = self._latest
         if not any(self.before) and self.pool.form.precision == "model":
             return keys, values  # nothing else is there
+        share, within = self.pool.of(layer)
+        table = self._reads[share].table
         if self._kernels:
-            return paged_kernels.read(self.pool, layer, self.table, self.longest)
-        keys, values = self.pool.store.read(layer, self.table)
+            return paged_kernels.read(share, within, table, self.longest)
+        keys, values = share.store.read(within, table)
         return keys[:, :, : self.longest], values[:, :, : self.longest]
 
     def attend(self, query: Tensor, scale: float) -> Tensor | None:
         """Attention of one new token a row over pages, ``[batch, 1, heads, head_dim]``; None where it must gather."""
         if not self._kernels or self.new_tokens > 1 or self._latest is None:
             return None
-        return paged_kernels.attend(self.pool, self._latest[0], query, scale, self.table, self.lengths)
+        share, within = self.pool.of(self._latest[0])
+        at = self._reads[share]
+        return paged_kernels.attend(share, within, query, scale, at.table, at.lengths)
 
     def mask(self, dtype: torch.dtype, *, additive: bool) -> Tensor | None:
         """What each row's single new token may see: ``[batch, 1, 1, longest]``; None where no row is padded."""
         if len(set(self.before)) == 1:
             return None
-        seen = (torch.arange(self.longest, device=self.table.device)[None] < self.lengths[:, None])[:, None, None]
+        share, _ = self.pool.of(0 if self._latest is None else self._latest[0])
+        lengths = self._reads[share].lengths
+        seen = (torch.arange(self.longest, device=lengths.device)[None] < lengths[:, None])[:, None, None]
         if not additive:
             return seen
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)

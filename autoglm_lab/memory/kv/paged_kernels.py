@@ -68,7 +68,8 @@ def available(pool: Pages, heads: int | None = None) -> bool:
     with _compiling:
         if key not in _verdicts:
             try:
-                _compile(pool, heads or pool.form.kv_heads)
+                with torch.cuda.device_of(pool.store.codes):
+                    _compile(pool, heads or pool.form.kv_heads)
             except Exception as error:  # noqa: BLE001 - whatever Triton lacks here, the plain way works
                 _verdicts[key] = f"{type(error).__name__}: {error}".split("\n")[0]
             else:

@@ -26,6 +26,7 @@ class Pages(Protocol):
     @property
     def page_bytes(self) -> int: ...
 
+    def parted(self, pages: int) -> tuple[tuple[int, int], ...]: ...
     def take(self, count: int) -> list[int]: ...
     def share(self, pages: Iterable[int]) -> None: ...
     def put(self, pages: Iterable[int]) -> None: ...
@@ -220,7 +221,8 @@ class PrefixStore:
         kept, host = self._kept, self.host_nbytes
         if kept:
             counts = f"{kept * self._page_tokens:,} tokens that no conversation holds, kept for one that begins alike"
-            yield Row("KV kept prefixes", "kv", place, kept * self._pool.page_bytes, counts)
+            for card, nbytes in self._pool.parted(kept):
+                yield Row("KV kept prefixes", "kv", place, nbytes, counts, card=card)
         if host and self._host is not None:
             pages, pinned = self._host.used, "pinned" if self._host.pinned else "pageable"
             counts = f"{pages * self._page_tokens:,} tokens that left the device, {pinned}; room for more included"

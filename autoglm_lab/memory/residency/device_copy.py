@@ -38,7 +38,8 @@ class DeviceCopy:
     def __init__(
         self, spec: ModuleSpec, model: nn.Module, accelerator: Accelerator, mover: Mover, on_use: Callable[[str], None]
     ) -> None:
-        self._name, self._nbytes, self._accelerator, self._mover = spec.name, spec.nbytes, accelerator, mover
+        self._name, self._nbytes, self._card = spec.name, spec.nbytes, spec.card
+        self._accelerator, self._mover = accelerator, mover
         self.binding = Binding(spec, model, accelerator.device, on_use)
         nbytes, device = self.binding.nbytes, accelerator.device
         self.slab: Slab = CudaSlab(nbytes, device) if accelerator.kind == "cuda" else HostSlab(nbytes)
@@ -65,7 +66,7 @@ class DeviceCopy:
             counts = "weights on their way" if moving else f"weights in {self.dtype}"
             if rounding > 0 and not moving:
                 counts += f", {format_bytes(rounding)} of it rounding to whole pages"
-            yield Row(self._name, "weights", "device", held, counts)
+            yield Row(self._name, "weights", "device", held, counts, card=self._card)
 
     def take(self, backing: Backing) -> Arrival | None:
         """Take the memory, let the weights come, and point the model at them.

@@ -37,6 +37,7 @@ class ModuleResidency:
 
     Attributes:
         nbytes: bytes of the weights.
+        card: number of the device that they are used on.
         at: ``device``, ``host`` or ``disk``: where they are, or are on their way to. They can be used while they are on
             their way to the device: its work waits for them.
         backing: the copies besides the device's.
@@ -52,7 +53,7 @@ class ModuleResidency:
         mover: Mover,
         pinned: PinnedBudget,
     ) -> None:
-        self.name, self.nbytes, self._note = spec.name, spec.nbytes, spec.note
+        self.name, self.nbytes, self.card, self._note = spec.name, spec.nbytes, spec.card, spec.note
         self.at: Rest = "disk"
         self._accelerator, self._keeper, self._mover = accelerator, keeper, mover
         self._device = DeviceCopy(spec, model, accelerator, mover, self._used_while_parked)

@@ -7,12 +7,13 @@ they were changed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +32,10 @@ from autoglm_lab.memory.residency.module_residency import ModuleResidency
 from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.memory.residency.mover import Mover
 from autoglm_lab.memory.residency.pinned import PinnedBudget
-from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors
+from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors, parted
 from autoglm_lab.models.loading import Resolved
 from autoglm_lab.models.placement import host_share
+from autoglm_lab.models.spread import Spread
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes
 
@@ -48,29 +50,32 @@ class Residency(Mapping[str, ModuleResidency]):
 
     Attributes:
         pinned: page-locked host bytes of this model's copies, and how many the policy allows.
-        mover: ends the moves.
+        mover: ends the moves on the first device.
         on_host: what of the text stays on the host for good; None: nothing.
     """
 
     def __init__(
         self,
         resolved: Resolved,
-        accelerator: Accelerator,
-        *,
+        *accelerators: Accelerator,
         policy: MemoryPolicy | None = None,
         on_event: Callable[[Event], None] | None = None,
+        spread: Spread | None = None,
     ) -> None:
         self.model = resolved.model
         self.policy = policy or MemoryPolicy()
         self._on_event = on_event
-        self._accelerator = accelerator
+        self._accelerators, self._spread = accelerators, spread
+        self._accelerator = accelerators[0]
         self._attached = resolved.attached
         self._folder: Path | None = None
         self._closed = False
         self.pinned = PinnedBudget(_pinned_limit(self.policy))
-        self.mover = Mover(accelerator.device, accelerator.growth)
-        _realise(resolved.model, accelerator)
+        self.movers = tuple(Mover(one.device, one.growth) for one in accelerators)
+        self.mover = self.movers[0]
+        _realise(resolved.model, accelerators, spread)
         whole = anatomy(resolved.model)
+        whole = whole if spread is None else parted(resolved.model, whole, spread.of)
         self.on_host = self._host_weights(resolved, whole)
         self.specs = whole if self.on_host is None else tuple(_without(spec, self.on_host) for spec in whole)
         self._modules = {
@@ -78,15 +83,19 @@ class Residency(Mapping[str, ModuleResidency]):
                 spec,
                 resolved.model,
                 {name: resolved.sources[name] for name in spec.tensors},
-                accelerator,
+                accelerators[spec.card],
                 self,
-                self.mover,
+                self.movers[spec.card],
                 self.pinned,
             )
             for spec in self.specs
         }
         resolved.sources.clear()  # what was held there belongs to the modules now
-        _move_computed_buffers(resolved.model, accelerator)
+        _move_computed_buffers(resolved.model, accelerators, spread)
+        if spread is not None:
+            from autoglm_lab.models.crossing import cross
+
+            cross(resolved.model, spread)
         self._check(self.policy)
 
     def __getitem__(self, name: str) -> ModuleResidency:
@@ -104,6 +113,11 @@ class Residency(Mapping[str, ModuleResidency]):
     def __len__(self) -> int:
         return len(self._modules)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Of each layer of the decoder, the number of its device; empty: there is one device."""
+        return () if self._spread is None else self._spread.layers
+
     def materialise(self, *, progress: bool | None = False) -> list[Event]:
         """Bring every module to the device that the policy keeps there; each reads only its own tensors.
 
@@ -119,9 +133,12 @@ class Residency(Mapping[str, ModuleResidency]):
             LoadError: a file is gone or damaged.
         """
         modules = list(self._modules.values())
-        first_load.check_room(modules, self.policy, self._accelerator)
+        for card, accelerator in enumerate(self._accelerators):
+            first_load.check_room([one for one in modules if one.card == card], self.policy, accelerator)
         shown, far = first_load.expected(modules, self.policy), first_load.Far(modules)
-        with self.mover.staging, bars.shown(progress, "loading", shown, far):
+        with contextlib.ExitStack() as open_, bars.shown(progress, "loading", shown, far):
+            for mover in self.movers:
+                open_.enter_context(mover.staging)
             events = [move.result() for move in self._first_moves()]
         weights.drop_pool()
         if self._attached:
@@ -205,7 +222,7 @@ class Residency(Mapping[str, ModuleResidency]):
         return moves
 
     def _host_weights(self, resolved: Resolved, specs: tuple[ModuleSpec, ...]) -> HostWeights | None:
-        if self._accelerator.kind == "cpu":
+        if self._accelerator.kind == "cpu" or self._spread is not None:
             return None
         share = host_share(resolved.model, self.policy.placement.host_bytes)
         text = {name for spec in specs if spec.name == "text" for name in spec.tensors}
@@ -255,7 +272,8 @@ class Residency(Mapping[str, ModuleResidency]):
             raise ModuleError("layers of the text are kept on the host: set placement.host_bytes to 0 and load again")
         for module in self._modules.values():
             module.refuse_while_viewed()
-        self._accelerator.set_budget(None)
+        for accelerator in self._accelerators:
+            accelerator.set_budget(None)
         for module in self._modules.values():
             module.release()
 
@@ -270,7 +288,8 @@ class Residency(Mapping[str, ModuleResidency]):
                 module.close()
             except LabError as error:
                 problems.append(error)
-        self.mover.close()
+        for mover in self.movers:
+            mover.close()
         if self.on_host is not None:
             self.on_host.close()
         if self._folder is not None:
@@ -294,7 +313,8 @@ class Residency(Mapping[str, ModuleResidency]):
 
     def settle(self) -> None:
         """Wait until every move that was begun has ended."""
-        self.mover.drain()
+        for mover in self.movers:
+            mover.drain()
 
     def spill_path(self, name: str) -> Path:
         """A file for a module's weights in a folder of this process alone, removed when closed."""
@@ -344,25 +364,27 @@ def in_memory(folder: Path, mounts: str | None = None) -> bool:
     return kind in {"tmpfs", "ramfs"}
 
 
-def _realise(model: nn.Module, accelerator: Accelerator) -> None:
+def _realise(model: nn.Module, accelerators: Sequence[Accelerator], spread: Spread | None) -> None:
     """Replace meta parameters by real ones that hold no bytes yet; ties stay."""
     replaced: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if not parameter.is_meta:
                 continue
             if id(parameter) not in replaced:
-                empty = placeholder(parameter.dtype, accelerator.device).expand(parameter.shape)
+                card = 0 if spread is None else spread.of(f"{path}.{name}" if path else name)
+                empty = placeholder(parameter.dtype, accelerators[card].device).expand(parameter.shape)
                 real = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 real.__dict__.update(parameter.__dict__)
                 replaced[id(parameter)] = real
             setattr(module, name, replaced[id(parameter)])
 
 
-def _move_computed_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Computed buffers are small and stay where the model runs."""
+def _move_computed_buffers(model: nn.Module, accelerators: Sequence[Accelerator], spread: Spread | None) -> None:
+    """Computed buffers are small and stay where their module runs."""
     persistent = {id(tensor) for _, tensor in named_tensors(model)}
-    for module in model.modules():
+    for path, module in model.named_modules():
+        device = accelerators[0 if spread is None else spread.at(path)].device
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if id(buffer) not in persistent and buffer.device != accelerator.device:
-                setattr(module, name, buffer.to(accelerator.device))
+            if id(buffer) not in persistent and buffer.device != device:
+                setattr(module, name, buffer.to(device))

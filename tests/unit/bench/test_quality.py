@@ -142,7 +142,7 @@ def test_it_runs_small_beside_transformers(tmp_path: Path, workbench: Workbench)
     assert plain.ours == pytest.approx(plain.peers["transformers"], rel=1e-4)
     assert "fp8" in figures["SmolLM2's perplexity, int8: higher by"].peers
     in_8_bits, in_4_bits = (figures[f"SmolLM2's perplexity, weights in int{bits}: higher by"] for bits in (8, 4))
-    # A model of random weights may gain as well as lose: that the codes were used shows, not which of the two is better.
+    # A model of random weights may gain as well as lose: it shows that codes were used, not which of them are better.
     assert 0 < abs(in_8_bits.ours or 0) < 1
     assert 0 < abs(in_4_bits.ours or 0) < 10
     assert in_8_bits.ours != in_4_bits.ours

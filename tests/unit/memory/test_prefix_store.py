@@ -142,7 +142,8 @@ def test_a_page_that_will_be_written_takes_what_follows_it_out_of_the_store(pool
 def test_a_pool_without_room_takes_kept_pages_before_it_says_no(pool: KvPool, monkeypatch: pytest.MonkeyPatch) -> None:
     pool.prefixes.obey(limits(pool, 10))
     pool.put(say(pool, chain(1, 2, 3)).pages)
-    monkeypatch.setattr(pool, "_room", lambda: (3 - pool.used_pages) * pool.page_bytes)
+    (share,) = pool.shares
+    monkeypatch.setattr(share, "room", lambda used: (3 - used) * pool.page_bytes)
     assert len(pool.take(2)) == 2
     assert pool.prefixes.match(chain(1, 2, 3)) == 1
 
