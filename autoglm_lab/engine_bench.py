@@ -22,11 +22,13 @@ class EngineBench:
         name: of the model.
         engine: what answers; see `engine.protocol.Engine`.
         sampler: ledgers over time, and events.
+        samplers: ledgers over time of each device; the first is `sampler`.
     """
 
     name: str
     engine: Engine
     sampler: Sampler
+    samplers: tuple[Sampler, ...]
 
     # work
 

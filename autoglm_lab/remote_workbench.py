@@ -46,6 +46,7 @@ class RemoteWorkbench(EngineBench):
         newest: list[Ledger] = []
         read = newest.pop if ours else _weakly(self)
         self.sampler = Sampler(read, hz=RATE if ours else _METRICS_HZ)
+        self.samplers = (self.sampler,)
         self.engine = RemoteEngine(link, peer, timeout=timeout, record=self.sampler.record)
         if ours:
             engine, sampler = weakref.ref(self.engine), self.sampler

@@ -22,6 +22,7 @@ def serve(
     ] = None,
     budget: Annotated[str | None, typer.Option(metavar="SIZE", help="What the process may use: 24GiB.")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cuda:0, cpu. Default: the first GPU.")] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="So many GPUs, a run of layers on each.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     weights: Annotated[str | None, typer.Option(help="dummy: made-up weights of the true shapes.")] = None,
     names: Annotated[
@@ -90,7 +91,9 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with load(model, policy=policy, budget=budget, device=device, dtype=dtype, weights=weights) as workbench:
+    with load(
+        model, policy=policy, budget=budget, device=device, devices=devices, dtype=dtype, weights=weights
+    ) as workbench:
         service = listening(workbench, **given)
         typer.echo(f"{workbench.name} at {service.url}")
         service.run()

@@ -67,7 +67,6 @@ class Workbench(EngineBench):
     Attributes:
         model: the plain transformers model.
         processor: the plain transformers processor, or tokenizer.
-        samplers: ledgers over time, one for each device.
     """
 
     engine: LocalEngine
@@ -123,7 +122,8 @@ class Workbench(EngineBench):
             features=features,
             context_tokens=_context_tokens(resolved.config),
         )
-        state.admission = Admission(state, resolved.name, resolved.dtype)
+        if spread is None:  # a plan is of one device
+            state.admission = Admission(state, resolved.name, resolved.dtype)
         state.prepare_steps()
         state.limit_stores()
         self._hooks = _mark_encoding(residency, state)
@@ -285,7 +285,7 @@ def _notes(resolved: Resolved, state: EngineState, spread: Spread | None) -> Ite
     policy = state.policy
     yield from ((note, "") for note in resolved.notes)
     if spread is not None:
-        yield "placement", str(spread)
+        yield "placement", f"{spread}. Turns are tried without a plan: it is of one device"
     if policy.placement.host_bytes and state.residency.on_host is None:
         why = "they are one here" if spread is None else "the model lies on several devices"
         yield "placement", f"nothing is kept on the host beside the device: {why}"

@@ -41,7 +41,7 @@ def recovering(state: EngineState, phase: str, own: Conversation | None, run: Ca
         if not is_out_of_memory(error):
             raise
         needed = getattr(error, "needed", None)
-    had = state.accelerator.headroom()
+    had = state.tightest.headroom()
     state.event("out of memory", phase, why="gave up")
     raise OutOfMemoryError(phase, needed, had, remedies(state, own))
 
@@ -67,15 +67,17 @@ def fit_budget(state: EngineState) -> None:
         PolicyError: it holds more even so. What was freed stays free; it comes back when it is needed.
     """
     budget = state.policy.budget
-    if budget is None or state.accelerator.headroom() >= 0:
+    if budget is None or state.tightest.headroom() >= 0:
         return
     free_all(state, None, "the budget is smaller")
-    held = state.accelerator.reading().process
+    accelerator = state.tightest
+    held = accelerator.reading().process
     if held is None or held <= budget:
         return
-    infos = [module.info() for module in state.residency.values()]
+    here = state.accelerators.index(accelerator)
+    infos = [module.info() for module in state.residency.values() if module.card == here]
     weights = [f"{info.name} {format_bytes(info.nbytes)}" for info in infos if info.place == "device"]
-    context = state.accelerator.context + state.accelerator.grown.nbytes
+    context = accelerator.context + accelerator.grown.nbytes
     parts = ", ".join([f"context {format_bytes(context)}", *weights])
     raise PolicyError(
         f"a budget of {format_bytes(budget)} is less than what the process must hold with these settings, "

@@ -71,6 +71,11 @@ class EngineState:
         """The device that a prompt comes to; the only one, most often."""
         return self.accelerators[0]
 
+    @property
+    def tightest(self) -> Accelerator:
+        """The device that has the least room."""
+        return min(self.accelerators, key=lambda accelerator: accelerator.headroom())
+
     @contextlib.contextmanager
     def growth(self, what: str, times: int | None = None) -> Iterator[None]:
         """Count what the driver takes meanwhile, on every device. See `Accelerator.growth`."""
@@ -182,6 +187,6 @@ class EngineState:
         """
         if self.policy.budget is None:
             return
-        headroom = min(accelerator.headroom() for accelerator in self.accelerators)
+        headroom = self.tightest.headroom()
         if headroom < 0:
             raise OutOfMemoryError(self.phase, -headroom, 0)

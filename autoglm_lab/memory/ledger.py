@@ -187,7 +187,10 @@ class LedgerBook:
             if (before == after and not after.moving) or not left:
                 break
             time.sleep(_PAUSE if after.moving else 0)
-        return replace(_compose(accelerator, reading, owned, phase, budget), card=card)
+        ledger = _compose(accelerator, reading, owned, phase, budget)
+        if self.cards == 1:
+            return ledger
+        return replace(ledger, device=f"{accelerator.device} · {ledger.device}", card=card)
 
 
 def _compose(accelerator: Accelerator, reading: Reading, owned: list[Row], phase: str, budget: int | None) -> Ledger:

@@ -89,7 +89,7 @@ def balanced(model: nn.Module, devices: Sequence[torch.device], load: Load | Non
     of_layer = tuple(number for number, (start, end) in enumerate(pairwise(cuts)) for _ in range(start, end))
     placed = {paths[id(layer)]: number for layer, number in zip(layers, of_layer, strict=True)}
     placed |= dict.fromkeys(behind, len(devices) - 1)
-    return _spread(model, devices, of_layer, placed)
+    return Spread(tuple(devices), of_layer, _lying(model, placed), placed | _tied_head(model, paths))
 
 
 def mapped(model: nn.Module, device_map: Mapping[str, str | int | torch.device]) -> Spread:
@@ -116,20 +116,19 @@ def mapped(model: nn.Module, device_map: Mapping[str, str | int | torch.device])
     placed = {path: numbers[device] for path, device in found.items() if path}
     placed |= {paths[id(layer)]: number for layer, number in zip(layers, of_layer, strict=True)}
     placed |= {path: numbers[_longest(found, f"{path}.weight")] for path in _behind(model, paths)}
-    spread = _spread(model, devices, of_layer, placed)
     tensors = {name: numbers[_longest(found, name)] for name, _ in named_tensors(model)}
-    return Spread(devices, of_layer, {name: at for name, at in tensors.items() if at}, spread.crossings)
+    lying = {name: at for name, at in tensors.items() if at}
+    return Spread(devices, of_layer, lying, placed | _tied_head(model, paths))
 
 
-def _spread(
-    model: nn.Module, devices: Sequence[torch.device], of_layer: tuple[int, ...], placed: Mapping[str, int]
-) -> Spread:
+def _lying(model: nn.Module, placed: Mapping[str, int]) -> dict[str, int]:
+    """Where the tensors are that are not on the first device, with these modules placed."""
     tensors = {}
     for name, _ in named_tensors(model):
         number = max(((len(path), at) for path, at in placed.items() if _under(name, path)), default=(0, 0))[1]
         if number:
             tensors[name] = number
-    return Spread(tuple(devices), of_layer, tensors, dict(placed))
+    return tensors
 
 
 def _cuts(sizes: Sequence[int], parts: int, first: int, last: int) -> list[int]:
@@ -164,11 +163,18 @@ def _behind(model: nn.Module, paths: Mapping[int, str]) -> list[str]:
     order = [name for name, _ in decoder.named_children()]
     after = order[order.index(lists[-1]) + 1 :] if lists else []
     found = [getattr(decoder, name) for name in after if name in names and "norm" in name]
-    head, embedding = _quietly(model, "get_output_embeddings"), _quietly(model, "get_input_embeddings")
-    tied = getattr(head, "weight", None) is getattr(embedding, "weight", None)
-    if isinstance(head, nn.Module) and not tied:
+    head = _quietly(model, "get_output_embeddings")
+    if isinstance(head, nn.Module) and not _tied_head(model, paths):
         found.append(head)
     return [paths[id(module)] for module in found if id(module) in paths]
+
+
+def _tied_head(model: nn.Module, paths: Mapping[int, str]) -> dict[str, int]:
+    """A head that shares the embedding's weight runs on the first device, where that is; empty: it has its own."""
+    head, embedding = _quietly(model, "get_output_embeddings"), _quietly(model, "get_input_embeddings")
+    weight = getattr(head, "weight", None)
+    tied = weight is not None and weight is getattr(embedding, "weight", None)
+    return {paths[id(head)]: 0} if tied and id(head) in paths else {}
 
 
 def _quietly(model: Any, accessor: str) -> Any:

@@ -64,25 +64,28 @@ class Dashboard:
         self._closing = self._closed = False
         self._last: Snapshot | None = None
         self.header = Header(self, lang=lang)
-        self.device_bar = DeviceBar(self, lang=lang)
+        self._samplers = tuple(bench.samplers)
+        cards = range(len(self._samplers))
+        self.device_bars = tuple(DeviceBar(self, lang=lang, card=card) for card in cards)
         self.modules = ModulesPanel(self, lang=lang)
         self.kv = KvPanel(self, lang=lang)
         self.budget = BudgetPanel(self, lang=lang)
         self.plan = PlanPanel(self, lang=lang)
         self.training = TrainingPanel(self, lang=lang)
-        self.live_plot = LivePlot(self, lang=lang)
+        self.live_plots = tuple(LivePlot(self, lang=lang, card=card) for card in cards)
         self.chat = ChatPanel(self, lang=lang)
         self.events = EventsPanel(self, lang=lang)
         self.export = ExportPanel(self, lang=lang)
         self.header.still = secrets.token_hex(4)
         self.widget = _arrange(
-            wide=[self.header, self.device_bar, self.plan],
+            wide=[self.header, *self.device_bars, self.plan],
             left=[self.modules, self.kv, self.budget, self.export],
-            right=[self.live_plot, self.chat, self.training, self.events],
+            right=[*self.live_plots, self.chat, self.training, self.events],
         )
         self._worker: Worker[str] = Worker(self._soon, lambda name, error: self._note(name, message_of(error)))
         self._refresher = Refresher(self._tick)
-        bench.sampler.on_sample(self._on_sample)
+        for sampler in self._samplers:
+            sampler.on_sample(self._on_sample)
         transcript_of(bench).follow(bench.engine, self.wake)
         self._refresh(bench)
         self._refresher.start()
@@ -103,13 +106,13 @@ class Dashboard:
     def panels(self) -> tuple[Panel, ...]:
         return (
             self.header,
-            self.device_bar,
+            *self.device_bars,
             self.plan,
             self.modules,
             self.kv,
             self.budget,
             self.training,
-            self.live_plot,
+            *self.live_plots,
             self.chat,
             self.events,
             self.export,
@@ -194,12 +197,14 @@ class Dashboard:
         for panel in self.panels:
             panel.show(snapshot, self._worker.busy(panel.name), self._problems.get(panel.name, ""))
         if self._views and not snapshot.absent:
-            self.live_plot.push(snapshot, bench.sampler.samples)
+            for plot, sampler in zip(self.live_plots, self._samplers, strict=True):
+                plot.push(snapshot, sampler.samples)
 
     def _end(self) -> None:
         bench = self._weak()
         if bench is not None:
-            bench.sampler.off_sample(self._on_sample)
+            for sampler in self._samplers:
+                sampler.off_sample(self._on_sample)
             if not self._closed:
                 transcript_of(bench).leave(bench.engine, self.wake)
         self._closed, self._strong = True, None
@@ -208,7 +213,7 @@ class Dashboard:
 
     def _on_sample(self, ledger: Ledger) -> None:
         if self._views:
-            self.live_plot.add(ledger)
+            self.live_plots[ledger.card].add(ledger)
 
     def _soon(self) -> None:
         self._state_at = 0.0

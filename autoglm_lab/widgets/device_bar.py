@@ -6,7 +6,7 @@ from typing import Any
 
 from autoglm_lab.memory.ledger import Ledger
 from autoglm_lab.widgets.palette import colour_key, rank, scope
-from autoglm_lab.widgets.panel import Panel
+from autoglm_lab.widgets.panel import Host, Panel
 from autoglm_lab.widgets.snapshot import Snapshot
 
 
@@ -49,10 +49,19 @@ def bar_state(ledger: Ledger) -> dict[str, Any]:
 
 
 class DeviceBar(Panel):
-    """The whole device by owner, with the process and the budget marked; small owners can be magnified."""
+    """The whole device by owner, with the process and the budget marked; small owners can be magnified.
+
+    Args:
+        card: number of the device, where the model lies on several.
+    """
 
     name = "device_bar"
     of_memory = True
 
+    def __init__(self, host: Host | None = None, *, card: int = 0, **settings: Any) -> None:
+        self._card = card
+        super().__init__(host, **settings)
+
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
-        return bar_state(snapshot.ledger) | {"source": "nvml" if snapshot.on_gpu else "psutil"}
+        ledger = snapshot.ledgers[min(self._card, len(snapshot.others))]
+        return bar_state(ledger) | {"source": "nvml" if snapshot.on_gpu else "psutil"}

@@ -21,14 +21,18 @@ class LivePlot(Panel):
     """Stacked areas by owner, with total, budget and events.
 
     New samples go to the browser as binary messages; a view that opens late asks for the history once.
+
+    Args:
+        card: number of the device, where the model lies on several.
     """
 
     name = "live_plot"
     of_memory = True
     parts = ("event_words", "plot_store", "plot_picture")
 
-    def __init__(self, host: Host | None = None, **settings: Any) -> None:
+    def __init__(self, host: Host | None = None, *, card: int = 0, **settings: Any) -> None:
         """As `Panel`."""
+        self._card = card
         self._book = SeriesBook()
         self._pending: deque[Ledger] = deque(maxlen=_PENDING)
         self._history_wanted = False
@@ -41,7 +45,7 @@ class LivePlot(Panel):
         self._pending.append(ledger)
 
     def state_of(self, snapshot: Snapshot) -> dict[str, Any]:
-        self._total = snapshot.ledger.total
+        self._total = snapshot.ledgers[min(self._card, len(snapshot.others))].total
         return {"series": self._book.series, "total": self._total}
 
     def push(self, snapshot: Snapshot, history: Callable[[], Sequence[Ledger]]) -> int:

@@ -67,7 +67,7 @@ def colour_key(row: Row) -> str:
         return _KINDS[row.kind]
     if row.kind == "kv":
         return "kv-2" if sum(row.name.encode()) % 2 else "kv"
-    name = row.name.lower()
+    name = row.name.lower().partition("@")[0]
     if name in _MODULES:
         return name
     if "projector" in name:

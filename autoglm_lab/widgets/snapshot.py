@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,8 @@ class Bench(Protocol):
     def engine(self) -> Engine: ...
     @property
     def sampler(self) -> Samples: ...
+    @property
+    def samplers(self) -> Sequence[Samples]: ...
     def plan(self, policy: MemoryPolicy | None, workload: Workload | None, *, search: bool) -> Plan: ...
     def image_tokens(self, image: tuple[int, int]) -> int | None: ...
 
@@ -48,6 +51,7 @@ class Snapshot:
         pages: how keys and values lie in pages; None where this model's cannot, or an engine does not tell.
         page_bytes: of one page, rounding included.
         load: how busy a server is that tells no bytes; None where bytes are told, or nothing is.
+        others: ledgers of the model's further devices.
     """
 
     ledger: Ledger
@@ -60,6 +64,12 @@ class Snapshot:
     pages: PageFormat | None = None
     page_bytes: int = 0
     load: ServiceLoad | None = None
+    others: tuple[Ledger, ...] = ()
+
+    @property
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """One for each device."""
+        return (self.ledger, *self.others)
 
     @property
     def absent(self) -> str:
@@ -69,7 +79,7 @@ class Snapshot:
     @property
     def on_gpu(self) -> bool:
         """False where the device is the host."""
-        return not self.ledger.device.startswith("CPU")
+        return not self.ledger.device.rpartition(" · ")[2].startswith("CPU")
 
 
 def take(bench: Bench) -> Snapshot:
@@ -91,6 +101,7 @@ def take(bench: Bench) -> Snapshot:
         pages=pages,
         page_bytes=page_bytes,
         load=getattr(engine, "load", None),
+        others=tuple(one for one in (other.latest for other in bench.samplers[1:]) if one is not None),
     )
 
 

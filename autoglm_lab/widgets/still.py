@@ -31,7 +31,7 @@ def page(snapshot: Snapshot, mark: str = "") -> str:
         snapshot: what to show.
         mark: hexadecimal; the live dashboard hides the page with this mark when it appears.
     """
-    able, ledger = snapshot.capabilities, snapshot.ledger
+    able = snapshot.capabilities
     title = " · ".join(part for part in (able.model, able.dtype, able.where, able.device) if part)
     if snapshot.absent:
         told = f"<p>memory: not available from {escape(snapshot.absent)}</p>"
@@ -39,7 +39,7 @@ def page(snapshot: Snapshot, mark: str = "") -> str:
         return f'{_DELAY}<div class="algm-still algm-still-{mark}"><p><b>{escape(title)}</b></p>{told}{load}</div>'
     return (
         f'{_DELAY}<div class="algm-still algm-still-{mark}"><p><b>{escape(title)}</b></p>'
-        f"{_image(ledger)}{ledger_table(ledger)}{_modules(snapshot)}"
+        f"{''.join(_image(one) + ledger_table(one) for one in snapshot.ledgers)}{_modules(snapshot)}"
         f"<p>Policy</p><pre>{escape(policy_text(snapshot.policy))}</pre></div>"
     )
 

@@ -156,6 +156,12 @@ def test_the_slope_is_that_of_the_best_line() -> None:
     assert slope_of([(1.0, 3)]) == 0.0
 
 
+def test_two_devices_are_measured_beside_one(bench: Bench) -> None:
+    report = run(bench, "devices")
+    assert figure(report, "the text of one device").meets is True, report
+    assert not report.missed
+
+
 def test_a_wrong_answer_is_seen(bench: Bench) -> None:
     from autoglm_lab.bench.soak import _again
     from autoglm_lab.bench.traffic import Case

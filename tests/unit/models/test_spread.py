@@ -13,7 +13,7 @@ import autoglm_lab as lab
 from autoglm_lab.errors import LabError, LoadError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.models.anatomy import anatomy, named_tensors, parted
-from autoglm_lab.models.loading import resolve
+from autoglm_lab.models.loading import outline, resolve
 from autoglm_lab.models.spread import Load, balanced, mapped
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.spreading import open_devices
@@ -53,6 +53,15 @@ def test_keys_values_and_an_encoder_at_work_move_layers_to_the_other_device(phon
     assert balanced(phone, TWO, Load(last=2_000_000_000)).layers.count(0) > plain
     # Keys and values lie beside their layers: where they outweigh all else, both devices get as many layers.
     assert balanced(phone, TWO, Load(layer=10**12)).layers.count(0) == len(balanced(phone, TWO).layers) // 2
+
+
+def test_a_head_tied_to_the_embedding_runs_where_that_lies() -> None:
+    model = outline("autoglm-tiny", device="cpu").model
+    spread = balanced(model, TWO)
+    assert spread.crossings["lm_head"] == 0
+    assert spread.of("model.language_model.embed_tokens.weight") == 0
+    assert spread.at("model.language_model.norm") == 1
+    assert mapped(model, {"": 0, "lm_head": 1}).crossings["lm_head"] == 0
 
 
 def test_four_devices_get_a_run_of_layers_each(phone: nn.Module) -> None:
@@ -171,3 +180,19 @@ def test_quantised_pages_lie_on_both(pair: Workbench) -> None:
 def test_devices_that_cannot_be_are_refused(devices: object, told: str) -> None:
     with pytest.raises(LabError, match=told):
         open_devices(devices)  # type: ignore[arg-type]
+
+
+def test_the_dashboard_shows_a_bar_and_a_plot_for_each(pair: Workbench) -> None:
+    for sampler in pair.samplers:
+        sampler.sample()
+    dashboard = pair.dashboard()
+    try:
+        bars = [{segment["name"] for segment in bar.state["segments"]} for bar in dashboard.device_bars]
+        assert len(dashboard.live_plots) == 2
+        assert "text" in bars[0]
+        assert "text@1" in bars[1]
+        assert "text@1" not in bars[0]
+        assert {module["name"] for module in dashboard.modules.state["modules"]} >= {"text", "text@1"}
+        assert dashboard._still().count("<img ") == 2
+    finally:
+        dashboard.close()

@@ -18,21 +18,21 @@ def sent_by(panel, monkeypatch):
 
 
 def test_the_plot_gets_new_samples_as_small_binary_messages(wb, dashboard, monkeypatch):
-    sent = sent_by(dashboard.live_plot, monkeypatch)
+    sent = sent_by(dashboard.live_plots[0], monkeypatch)
     until(lambda: len([1 for content, _ in sent if content["kind"] == "samples"]) >= 3, "three messages")
     for content, buffers in sent:
         if content["kind"] == "samples":
             count, columns = struct.unpack_from("<II", buffers[0])
             assert len(buffers[0]) == 8 + count * (8 + 4 * columns)
             assert count <= 10
-            assert columns - 2 <= len(dashboard.live_plot.state["series"])
+            assert columns - 2 <= len(dashboard.live_plots[0].state["series"])
 
 
 def test_a_view_that_opens_late_gets_the_history_once_and_the_events(wb, dashboard, monkeypatch):
     until(lambda: len(wb.sampler.samples()) >= 5, "some history")
     wb.reclaim()
-    sent = sent_by(dashboard.live_plot, monkeypatch)
-    browser_sends(dashboard.live_plot, "history")
+    sent = sent_by(dashboard.live_plots[0], monkeypatch)
+    browser_sends(dashboard.live_plots[0], "history")
     until(lambda: [content for content, _ in sent if content["kind"] == "events"], "the events")
     [history] = [buffers[0] for content, buffers in sent if content["kind"] == "history"]
     assert struct.unpack_from("<I", history)[0] >= 5
@@ -45,7 +45,7 @@ def test_a_view_that_opens_late_gets_the_history_once_and_the_events(wb, dashboa
 
 def test_nothing_is_sent_while_no_one_looks(wb, monkeypatch):
     dashboard = Dashboard(wb)
-    sent = sent_by(dashboard.live_plot, monkeypatch)
+    sent = sent_by(dashboard.live_plots[0], monkeypatch)
     until(lambda: len(wb.sampler.samples()) >= 5, "samples")
     assert sent == []
     open_view(dashboard)
@@ -103,7 +103,7 @@ def test_the_bundle_has_a_view_a_page_and_the_same_plain_text_every_time(wb, das
 
 
 def test_the_bar_covers_the_whole_device(dashboard):
-    state = dashboard.device_bar.state
+    state = dashboard.device_bars[0].state
     assert sum(segment["nbytes"] for segment in state["segments"]) == state["total"]
     assert [segment["scope"] for segment in state["segments"]] == sorted(
         (segment["scope"] for segment in state["segments"]), key=["model", "process", "device"].index

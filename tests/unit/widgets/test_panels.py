@@ -34,8 +34,8 @@ def test_switching_a_module_off_parks_it_and_its_bytes_leave_the_bar(wb, dashboa
     browser_sends(dashboard.modules, "residency", module="audio", residency="off")
     until(lambda: module(dashboard, "audio")["place"] == "disk", "audio to be parked")
     assert wb.policy == MemoryPolicy(modules={"audio": "off"})
-    until(lambda: "audio" in [row["name"] for row in dashboard.device_bar.state["beside"]], "audio on disk")
-    assert "audio" not in [row["name"] for row in dashboard.device_bar.state["segments"] if row["nbytes"]]
+    until(lambda: "audio" in [row["name"] for row in dashboard.device_bars[0].state["beside"]], "audio on disk")
+    assert "audio" not in [row["name"] for row in dashboard.device_bars[0].state["segments"] if row["nbytes"]]
 
 
 def test_a_module_back_at_its_default_leaves_the_policy(wb, dashboard):
