@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
 from autoglm_lab.engine.errands import Errands
-from autoglm_lab.engine.live import LiveSound
-from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
+from autoglm_lab.engine.live import LiveSound, with_sound
+from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, media, read_messages
 from autoglm_lab.engine.occupation import Job, Occupation
 from autoglm_lab.engine.policy_change import PolicyChange
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
@@ -359,8 +359,7 @@ class LocalEngine:
             self._state.residency.ensure(["audio"], "live sound")
             part, features = job.sound.close()
             job.sound, job.live = None, {part.digest: features}
-            asked: tuple[AudioPart | TextPart, ...] = (part,) if text is None else (part, TextPart(text))
-            job.messages = _with_parts(job.messages, asked)
+            job.messages = with_sound(job.messages, part, text)
             job.start_clock()
             self._turns.add(job)
 
@@ -457,9 +456,3 @@ def _close(state: EngineState, book: LedgerBook) -> None:
     state.residency.close()
     if state.accelerator.budget is not None:
         state.accelerator.set_budget(None)
-
-
-def _with_parts(messages: tuple[Message, ...], parts: Sequence[Any]) -> tuple[Message, ...]:
-    if messages and messages[-1].role == "user":
-        return (*messages[:-1], Message("user", (*parts, *messages[-1].parts)))
-    return (*messages, Message("user", tuple(parts)))
