@@ -367,10 +367,7 @@ class RemoteEngine:
         wanted = given if self.ours else settings.model_dump()
         dialect = self._peer.dialect
         for name in dialect.refused(wanted):
-            if name not in self._warned:
-                self._warned.add(name)
-                why = f"{dialect.name} does not take it: not sent"
-                self._record(Event(time.time(), "note", f"generation.{name}", why=why))
+            self._note_once(f"generation.{name}", f"{dialect.name} does not take it: not sent")
         request = dialect.request(wanted)
         if self.ours and self._named:
             request["extra_body"] = request.get("extra_body", {}) | {"conversation": conversation}
@@ -381,6 +378,14 @@ class RemoteEngine:
         for name, kind in (("image", ImagePart), ("audio", AudioPart)):
             if name not in takes and media(messages, kind):
                 raise MessageError(f"{self._peer.model} takes {', '.join(takes)}: leave the {name} out")
+            if self._peer.dialect.drops_media and media(messages, kind):
+                why = f"where its model does not read it, {self._peer.dialect.name} leaves it out without a word"
+                self._note_once(name, why)
+
+    def _note_once(self, subject: str, why: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            self._record(Event(time.time(), "note", subject, why=why))
 
     # asking the server
 

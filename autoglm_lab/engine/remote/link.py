@@ -134,7 +134,13 @@ class Link:
 
     def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         try:
-            return self.client.request(method, self.root + path, json=body, headers=self._headers)
+            try:
+                return self.client.request(method, self.root + path, json=body, headers=self._headers)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                if method != "GET":
+                    raise
+                # The server closed a kept connection at the moment that it was used again.
+                return self.client.request(method, self.root + path, json=body, headers=self._headers)
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
             raise self.unreachable(error) from None
 
