@@ -315,7 +315,7 @@ def test_what_the_model_does_not_take_is_refused_before_it_is_sent(connect: Open
     bench = connect(peer)
     with pytest.raises(MessageError, match="m takes text, image: leave the audio out"):
         bench.chat("what do you hear?", audio=sound)
-    with pytest.raises(MessageError, match="live sound needs the model in this kernel"):
+    with pytest.raises(MessageError, match="takes no live sound: send it whole"):
         bench.chat(live=True)
     assert peer.asked == []
 
