@@ -100,7 +100,7 @@ def _recognised(link: Link, models: list[Mapping[str, Any]]) -> tuple[Dialect, A
     if isinstance(ours, Mapping) and "memory_control" in ours:
         return OURS, ours
     paths = _paths(link)
-    for mark, dialect in ((_TRANSFORMERS_MARK, TRANSFORMERS), ("/get_server_info", SGLANG), ("/tokenize", VLLM)):
+    for mark, dialect in ((_TRANSFORMERS_MARK, TRANSFORMERS), ("/flush_cache", SGLANG), ("/tokenize", VLLM)):
         if mark in paths:
             return dialect, None
     if "default_generation_settings" in _mapping(link.look("/props")):

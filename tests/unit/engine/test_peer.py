@@ -13,6 +13,7 @@ import autoglm_lab as lab
 from autoglm_lab.engine.remote.dialect import TRANSFORMERS
 from autoglm_lab.engine.remote.link import Link
 from autoglm_lab.engine.remote.peer import find_peer
+from autoglm_lab.engine.service_load import sglang_load
 from autoglm_lab.errors import EndpointError
 from tests.unit.engine import peers
 from tests.unit.engine.peers import Peer, PeerServer
@@ -102,3 +103,20 @@ def test_transformers_serve_is_told_to_sample_where_there_is_a_temperature(tempe
     config = json.loads(request["extra_body"]["generation_config"])
     assert config == {"do_sample": sampled, "top_k": 0, "min_new_tokens": 0, "repetition_penalty": 1.0}
     assert request["temperature"] == temperature
+
+
+def test_sglang_is_known_by_its_pages_where_its_models_have_another_owner() -> None:
+    peer = peers.sglang()
+    peer.pages["/v1/models"] = peers.models("someone")
+    # Both have /tokenize.
+    peer.pages["/openapi.json"] = {"paths": {"/flush_cache": {}, "/tokenize": {}}}
+    with closing(PeerServer(peer)), closing(lab.connect(peer.url)) as bench:
+        assert bench.engine.capabilities.server == "SGLang"
+
+
+def test_requests_that_sglang_counts_again_by_priority_are_counted_once() -> None:
+    by_priority = "".join(
+        f'sglang:num_running_reqs{{model_name="m",priority="{priority}"}} {count}\n'
+        for priority, count in (("", 3), ("0", 2), ("5", 1))
+    )
+    assert sglang_load(by_priority).running == 3
