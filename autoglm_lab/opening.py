@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from autoglm_lab.engine.local import check_modules
+from autoglm_lab.engine.policy_change import check_modules
 from autoglm_lab.errors import LabError, LoadError, PolicyError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments

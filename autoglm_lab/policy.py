@@ -32,7 +32,15 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _sparse(value: Any) -> Any:
+    """YAML 1.1 reads a bare ``2:4`` as minutes and seconds."""
+    return "2:4" if type(value) is int and value == 124 else value
+
+
 Residency = Annotated[Literal["keep", "on-demand", "off"], BeforeValidator(_off)]
+WeightPrecision = Annotated[
+    Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "2:4"], BeforeValidator(_sparse)
+]
 Overflow = Literal["stop", "drop-oldest-turns", "window", "refuse"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(exact_bytes, when_used="json"), Field(ge=0)]
 
@@ -51,14 +59,15 @@ class ModulePolicy(_Part):
             where the device is the host. Default ``auto``.
         keep_alive: seconds that an on-demand module stays after its last use. Default 30.
         precision: of the weights: ``model``: as they are loaded; ``float32``, ``bfloat16``, ``float16``; ``int8`` and
-            ``int4``: linear layers and embeddings in about a half and a quarter of bfloat16 (lossy). It is set when the
-            model is loaded. Default ``model``.
+            ``int4``: linear layers and embeddings in about a half and a quarter of bfloat16 (lossy); ``2:4``: of every
+            four numbers of the linear layers the two largest (lossy). It is set when the model is loaded. Default
+            ``model``.
     """
 
     residency: Residency = "keep"
     park_to: Literal["auto", "host", "disk"] = "auto"
     keep_alive: float = Field(30.0, ge=0)
-    precision: Literal["model", "float32", "bfloat16", "float16", "int8", "int4"] = "model"
+    precision: WeightPrecision = "model"
 
 
 class KvPolicy(_Part):

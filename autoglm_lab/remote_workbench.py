@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from autoglm_lab.engine.messages import image_size
 from autoglm_lab.engine.remote.engine import RemoteEngine
 from autoglm_lab.engine.remote.feed import RATE, Feed
 from autoglm_lab.engine.remote.link import Link
@@ -65,6 +66,20 @@ class RemoteWorkbench(EngineBench):
             self.sampler.record(Event(time.time(), "note", f"memory: {peer.dialect.name} does not tell of it"))
             self.sampler.start()
             weakref.finalize(self, self.sampler.stop)
+
+    def image_tokens(self, image: Any) -> int | None:
+        """How many tokens an image will take of the prompt.
+
+        Args:
+            image: as `chat` takes it, or its ``(width, height)``.
+
+        Returns:
+            None where the server does not tell.
+
+        Raises:
+            MediaError: the image cannot be read.
+        """
+        return self.engine.image_tokens(image if isinstance(image, tuple) else image_size(image))
 
     def plan(
         self, policy: MemoryPolicy | None = None, workload: Workload | None = None, *, search: bool = True

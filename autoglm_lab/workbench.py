@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig
 from autoglm_lab.engine.admission import Admission
 from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
-from autoglm_lab.engine.local import LocalEngine, check_modules
-from autoglm_lab.engine.messages import ImagePart, media, read_messages
+from autoglm_lab.engine.local import LocalEngine
+from autoglm_lab.engine.messages import image_size
+from autoglm_lab.engine.policy_change import check_modules
 from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
@@ -113,7 +114,7 @@ class Workbench(EngineBench):
             residency=residency,
             accelerators=accelerators,
             reclaimer=Reclaimer(*accelerators),
-            sampler=self.sampler,
+            samplers=self.samplers,
             meter=PeakMeter(accelerator.device, lambda: accelerator.reading().process),
             stepper=Stepper(resolved.model, encoder=Encoder(resolved.model, features)),
             policy=policy,
@@ -225,11 +226,7 @@ class Workbench(EngineBench):
         Raises:
             MediaError: the image cannot be read.
         """
-        if isinstance(image, tuple):
-            return image_tokens(self.processor, image)
-        (message,) = read_messages([{"role": "user", "content": [{"type": "image", "image": image}]}])
-        (part,) = media([message], ImagePart)
-        return image_tokens(self.processor, part.image.size)
+        return image_tokens(self.processor, image if isinstance(image, tuple) else image_size(image))
 
     def outline(self) -> Outline:
         """The model without its weights, as a plan takes it. Made once."""
@@ -320,7 +317,8 @@ def _weakly(workbench: Workbench, card: int) -> Callable[[], Ledger]:
 
 def _let_go(state: EngineState) -> None:
     """Free what a workbench held that nobody holds any more."""
-    state.sampler.stop()
+    for sampler in state.samplers:
+        sampler.stop()
     if state.admission is not None:
         state.admission.close()
     state.features.clear()

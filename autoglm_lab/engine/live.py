@@ -7,8 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from autoglm_lab.engine.messages import SAMPLING_RATE, AudioPart, Limits, audio_part
+from autoglm_lab.engine.messages import SAMPLING_RATE, AudioPart, Limits, Message, Part, TextPart, audio_part
 from autoglm_lab.errors import MediaError
+
+
+def with_sound(messages: tuple[Message, ...], sound: AudioPart, text: str | None) -> tuple[Message, ...]:
+    """The question with its sound first and ``text`` after it, before what its message had already."""
+    parts: tuple[Part, ...] = (sound,) if text is None else (sound, TextPart(text))
+    if messages and messages[-1].role == "user":
+        return (*messages[:-1], Message("user", (*parts, *messages[-1].parts)))
+    return (*messages, Message("user", parts))
 
 
 class LiveSound:

@@ -6,19 +6,18 @@ answer, and turns of several conversations go on side by side.
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from autoglm_lab.engine.commands import Commands
 from autoglm_lab.engine.errands import Errands
-from autoglm_lab.engine.live import LiveSound
-from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, TextPart, media, read_messages
+from autoglm_lab.engine.live import LiveSound, with_sound
+from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, media, read_messages
 from autoglm_lab.engine.occupation import Job, Occupation
-from autoglm_lab.engine.policy_change import PolicyChange
+from autoglm_lab.engine.policy_change import PolicyChange, check_modules
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
 from autoglm_lab.engine.recovery import evict
 from autoglm_lab.engine.state import EngineState
@@ -30,14 +29,12 @@ from autoglm_lab.errors import (
     MessageError,
     ModuleError,
     ModuleOffError,
-    PolicyError,
 )
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import Ledger, LedgerBook
 from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
 
-Result = TypeVar("Result")
 _TICK = 0.25
 
 
@@ -52,12 +49,12 @@ class LocalEngine:
 
     def __init__(self, state: EngineState, book: LedgerBook, capabilities: Capabilities) -> None:
         self._state, self._book, self._capabilities = state, book, capabilities
-        self._inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._commands = Commands()
+        self._call, self._post = self._commands.call, self._commands.post
         self._turns = TurnQueue(state, self._after)
-        self._occupation = Occupation(self._inbox, self._turns)
+        self._occupation = Occupation(self._commands, self._turns)
         self._answers = 0
         self._ticked = 0.0
-        self._closed = False
         self._gate = threading.Lock()
         self._listeners: tuple[TurnListener, ...] = ()
         self._errands = Errands(state)
@@ -67,10 +64,7 @@ class LocalEngine:
         book.register(state.conversations)
         if state.pool is not None:
             book.register(state.pool)
-        self._thread = threading.Thread(
-            target=_serve, args=(weakref.ref(self), self._inbox), name="autoglm-lab engine", daemon=True
-        )
-        self._thread.start()
+        self._commands.serve(self)
         self._post(state.warm_up)
 
     # what is
@@ -99,7 +93,7 @@ class LocalEngine:
 
     @property
     def closed(self) -> bool:
-        return self._closed
+        return self._commands.closed
 
     def ledger(self, card: int = 0) -> Ledger:
         """Args:
@@ -252,13 +246,8 @@ class LocalEngine:
 
     def close(self) -> None:
         """Cancel what runs, end the thread, and free every module. The engine answers nothing afterwards."""
-        if self._closed:
+        if not self._commands.close():
             return
-        with self._gate:
-            self._closed = True
-            self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=30)
         self._errands.close()
         if self._state.admission is not None:
             self._state.admission.close()
@@ -277,23 +266,6 @@ class LocalEngine:
 
         self._call(run)
         self.close()
-
-    # between threads
-
-    def _call(self, run: Callable[[], Result]) -> Result:
-        if threading.current_thread() is self._thread:
-            return run()
-        result: Result = self._post(run).result()
-        return result
-
-    def _post(self, run: Callable[[], Result]) -> Future[Result]:
-        future: Future[Result] = Future()
-        # Nothing is posted after the end: whoever posted it would wait for ever.
-        with self._gate:
-            if self._closed:
-                raise EngineClosedError("this workbench was closed: load the model again")
-            self._inbox.put((run, future))
-        return future
 
     # what only the engine's thread does
 
@@ -366,8 +338,7 @@ class LocalEngine:
             self._state.residency.ensure(["audio"], "live sound")
             part, features = job.sound.close()
             job.sound, job.live = None, {part.digest: features}
-            asked: tuple[AudioPart | TextPart, ...] = (part,) if text is None else (part, TextPart(text))
-            job.messages = _with_parts(job.messages, asked)
+            job.messages = with_sound(job.messages, part, text)
             job.start_clock()
             self._turns.add(job)
 
@@ -407,50 +378,9 @@ class LocalEngine:
             raise ModuleError(f"this model has no module '{module}'; its modules are {known}")
 
 
-def check_modules(policy: MemoryPolicy, modules: Collection[str]) -> None:
-    """Raise `PolicyError` where the policy names a module that is not one of ``modules``."""
-    unknown = [name for name in policy.modules if name not in modules]
-    if unknown:
-        raise PolicyError(f"this model has no module '{unknown[0]}'; its modules are {', '.join(modules)}")
-
-
-def _serve(
-    reference: weakref.ref[LocalEngine],
-    inbox: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None],
-) -> None:
-    """The engine's thread. It holds the engine weakly while idle, so that one nobody holds any more goes away."""
-    busy = False
-    while True:
-        try:
-            command = inbox.get(timeout=0 if busy else _TICK) if not busy else inbox.get_nowait()
-        except queue.Empty:
-            command = _IDLE
-        engine = reference()
-        if engine is None:
-            return
-        if command is None:
-            engine.finish()
-            return
-        if command is not _IDLE:
-            run, future = command
-            try:
-                future.set_result(run())
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the command gets it
-                future.set_exception(error)
-            del run, future
-            command = _IDLE
-            busy = True
-        else:
-            engine.work()
-            busy = engine.has_work
-        del engine
-
-
-_IDLE: Any = object()
-
-
 def _close(state: EngineState, book: LedgerBook) -> None:
-    state.sampler.stop()
+    for sampler in state.samplers:
+        sampler.stop()
     for conversation in state.conversations:
         conversation.kv.clear()
     book.unregister(state.conversations)
@@ -463,9 +393,3 @@ def _close(state: EngineState, book: LedgerBook) -> None:
         state.pool.close()
     state.residency.close()
     state.set_budget(None)
-
-
-def _with_parts(messages: tuple[Message, ...], parts: Sequence[Any]) -> tuple[Message, ...]:
-    if messages and messages[-1].role == "user":
-        return (*messages[:-1], Message("user", (*parts, *messages[-1].parts)))
-    return (*messages, Message("user", tuple(parts)))

@@ -102,6 +102,18 @@ def media(messages: Sequence[Message], kind: type[ImagePart | AudioPart]) -> lis
     return [part for message in messages for part in message.parts if isinstance(part, kind)]
 
 
+def image_size(image: Any) -> tuple[int, int]:
+    """Width and height in pixels of an image as a message takes it.
+
+    Raises:
+        MediaError: it cannot be read.
+    """
+    (message,) = read_messages([{"role": "user", "content": [{"type": "image", "image": image}]}])
+    (part,) = media([message], ImagePart)
+    width, height = part.image.size
+    return width, height
+
+
 def audio_part(samples: Any) -> AudioPart:
     """A sound from float samples ``[samples]``, 16 kHz mono."""
     array = np.ascontiguousarray(np.asarray(samples, dtype=np.float32))

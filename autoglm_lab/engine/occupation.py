@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from autoglm_lab.engine.commands import Commands
 from autoglm_lab.engine.turn_queue import TurnQueue
 from autoglm_lab.errors import TrainingError
 
 Job = Callable[[Callable[[], bool]], Any]
-Inbox = queue.SimpleQueue["tuple[Callable[[], Any], Future[Any]] | None"]
 
 
 class Occupation:
     """Runs one job at a time between turns, and what is asked of the engine between the job's steps.
 
     Args:
-        inbox: where commands for the engine's thread come in; None ends the thread.
+        commands: of the engine's thread.
         turns: a job begins when none is under way.
     """
 
-    def __init__(self, inbox: Inbox, turns: TurnQueue) -> None:
-        self._inbox, self._turns = inbox, turns
+    def __init__(self, commands: Commands, turns: TurnQueue) -> None:
+        self._commands, self._turns = commands, turns
         self._waiting: tuple[Job, Future[Any]] | None = None
         self.running = False
 
@@ -63,17 +62,9 @@ class Occupation:
 
     def _between(self) -> bool:
         """Do what was asked meanwhile. False: the engine is being closed, and the job must end."""
-        while True:
-            try:
-                command = self._inbox.get_nowait()
-            except queue.Empty:
-                self._turns.withdraw_cancelled()
-                return True
-            if command is None:
-                self._inbox.put(None)
-                return False
-            run, future = command
-            try:
-                future.set_result(run())
-            except BaseException as error:  # noqa: BLE001 - whoever waits for the command gets it
-                future.set_exception(error)
+        while taken := self._commands.take():
+            pass
+        if taken is None:
+            return False
+        self._turns.withdraw_cancelled()
+        return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import PolicyError
@@ -107,3 +109,10 @@ def _refuse_other_precisions(policy: MemoryPolicy, before: MemoryPolicy) -> None
                 f"modules.{name}.precision is {kept!r} since this model was loaded: to have it in {wanted!r}, load it "
                 f"again with quantize={policy.precisions() or None!r}"
             )
+
+
+def check_modules(policy: MemoryPolicy, modules: Collection[str]) -> None:
+    """Raise `PolicyError` where the policy names a module that is not one of ``modules``."""
+    unknown = [name for name in policy.modules if name not in modules]
+    if unknown:
+        raise PolicyError(f"this model has no module '{unknown[0]}'; its modules are {', '.join(modules)}")

@@ -98,7 +98,9 @@ class _Samples:
         try:
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
-                    self._by_name.setdefault(sample.name, []).append(sample)
+                    # SGLang repeats a total for each priority.
+                    if not sample.labels.get("priority"):
+                        self._by_name.setdefault(sample.name, []).append(sample)
         except ValueError:
             self._by_name.clear()
 

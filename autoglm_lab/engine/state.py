@@ -51,7 +51,7 @@ class EngineState:
     residency: Residency
     accelerators: tuple[Accelerator, ...]
     reclaimer: Reclaimer
-    sampler: Sampler
+    samplers: tuple[Sampler, ...]
     meter: PeakMeter
     stepper: Stepper
     policy: MemoryPolicy
@@ -70,6 +70,11 @@ class EngineState:
     def accelerator(self) -> Accelerator:
         """The device that a prompt comes to; the only one, most often."""
         return self.accelerators[0]
+
+    @property
+    def sampler(self) -> Sampler:
+        """That of the first device; it has the events."""
+        return self.samplers[0]
 
     @property
     def tightest(self) -> Accelerator:

@@ -1,7 +1,8 @@
 """The precision of each module's weights: what is swapped in a model before they come, and the bytes of each.
 
 A module in ``int8`` or ``int4`` keeps its linear layers (and, always in int8, its embeddings) quantised; the rest of it
-(norms, biases, convolutions) stays as it was. A module in a floating-point precision has its tensors in that dtype.
+(norms, biases, convolutions) stays as it was. One in ``2:4`` keeps of its linear layers two of every four numbers, as
+they were. A module in a floating-point precision has its tensors in that dtype.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors
 from autoglm_lab.models.loading import Resolved
 from autoglm_lab.models.module_dtype import join_dtypes
 from autoglm_lab.models.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from autoglm_lab.models.quantized_products import Packed
+from autoglm_lab.models.sparse_format import Sparse, SparseFormat
 from autoglm_lab.models.tensor_sources import PackedTensor
 from autoglm_lab.models.weight_format import Quantized, WeightFormat
 
-Precision = Literal["model", "float32", "bfloat16", "float16", "int8", "int4"]
+Precision = Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "2:4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIXED: dict[str, dict[str, Precision]] = {
@@ -40,7 +43,7 @@ class Conversion:
         dtypes: of each tensor that has another dtype now, by its name.
     """
 
-    packed: dict[str, tuple[str, WeightFormat]]
+    packed: dict[str, tuple[str, Packed]]
     dtypes: dict[str, torch.dtype]
 
 
@@ -102,13 +105,13 @@ def convert(model: nn.Module, precisions: Mapping[str, str]) -> Conversion:
         raise LoadError("this model is converted already: make its skeleton anew")
     own = dtype_of(model, specs.get("text"))
     dtypes: dict[str, torch.dtype] = {}
-    packed: dict[str, tuple[str, WeightFormat]] = {}
+    packed: dict[str, tuple[str, Packed]] = {}
     for name, precision in wanted.items():
         if precision in FLOATS:
             dtypes |= _cast(model, specs[name], own, FLOATS[precision])
     for name, precision in wanted.items():
-        if precision in ("int8", "int4"):
-            made = _quantise(model, specs[name], cast("Quantized", precision))
+        if precision not in FLOATS:
+            made = _quantise(model, specs[name], cast("Quantized | Sparse", precision))
             if not made:
                 raise LoadError(f"'{name}' has no linear layer that can be kept in {precision}: leave its precision")
             packed |= made
@@ -166,8 +169,7 @@ def module_nbytes(model: nn.Module, precision: str) -> dict[str, int]:
             share = FLOATS[precision].itemsize - own.itemsize
             nbytes += sum(tensors[name].numel() * share for name in spec.tensors if tensors[name].dtype == own)
         elif precision != "model":
-            for group in _groups(model, spec):
-                form = _form(group, cast("Quantized", precision))
+            for group, form in _groups(model, spec, cast("Quantized | Sparse", precision)):
                 nbytes += form.nbytes - _nbytes(group[0][1].weight)
         found[spec.name] = nbytes
     return found
@@ -186,12 +188,12 @@ def label(model: nn.Module, name: str) -> tuple[str, int]:
 _Holder = tuple[str, nn.Linear | nn.Embedding]
 
 
-def _quantise(model: nn.Module, spec: ModuleSpec, precision: Quantized) -> dict[str, tuple[str, WeightFormat]]:
-    made: dict[str, tuple[str, WeightFormat]] = {}
+def _quantise(model: nn.Module, spec: ModuleSpec, precision: Quantized | Sparse) -> dict[str, tuple[str, Packed]]:
+    made: dict[str, tuple[str, Packed]] = {}
     first = {id(parameter): name for name, parameter in model.named_parameters()}
-    for group in _groups(model, spec):
+    for group, form in _groups(model, spec, precision):
         path, layer = group[0]
-        form, weight = _form(group, precision), layer.weight
+        weight = layer.weight
         packed = torch.zeros(1, dtype=torch.uint8).expand(form.nbytes)  # nothing yet: a slab comes in its place
         made[f"{path}.packed"] = first[id(weight)], form
         for place, holder in group:
@@ -199,18 +201,21 @@ def _quantise(model: nn.Module, spec: ModuleSpec, precision: Quantized) -> dict[
     return made
 
 
-def _quantised(holder: nn.Linear | nn.Embedding, form: WeightFormat, packed: Tensor) -> nn.Module:
+def _quantised(holder: nn.Linear | nn.Embedding, form: Packed, packed: Tensor) -> nn.Module:
     dtype = holder.weight.dtype
     made: nn.Module
     if isinstance(holder, nn.Linear):
         made = QuantizedLinear(form, packed, cast("nn.Parameter | None", holder.bias), dtype)
     else:
+        assert isinstance(form, WeightFormat)
         made = QuantizedEmbedding(form, packed, dtype, holder.padding_idx)
     return made.train(holder.training)
 
 
-def _groups(model: nn.Module, spec: ModuleSpec) -> Iterator[list[_Holder]]:
-    """Layers of a module that share a weight and can be swapped all of them, and would be smaller."""
+def _groups(
+    model: nn.Module, spec: ModuleSpec, precision: Quantized | Sparse
+) -> Iterator[tuple[list[_Holder], Packed]]:
+    """Layers of a module that share a weight and can be swapped all of them, and would be smaller; and how they lie."""
     own = set(spec.tensors)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -223,19 +228,23 @@ def _groups(model: nn.Module, spec: ModuleSpec) -> Iterator[list[_Holder]]:
         usable = all(type(module) in {nn.Linear, nn.Embedding} and id(module.weight) == key for _, module in found)
         group = cast("list[_Holder]", found)
         if usable and group[0][1].weight.ndim == 2 and group[0][1].weight.is_floating_point():
-            weight = group[0][1].weight
-            if _form(group, "int8").nbytes < _nbytes(weight) and _looked_up_plainly(group):
-                yield group
+            form = _form(group, precision)
+            if form is not None and form.nbytes < _nbytes(group[0][1].weight) and _looked_up_plainly(group):
+                yield group, form
 
 
 def _looked_up_plainly(group: list[_Holder]) -> bool:
     return all(holder.max_norm is None for _, holder in group if isinstance(holder, nn.Embedding))
 
 
-def _form(group: list[_Holder], precision: Quantized) -> WeightFormat:
+def _form(group: list[_Holder], precision: Quantized | Sparse) -> Packed | None:
     """Embeddings are looked up row by row and read once a token: 4 bits would save little and cost much."""
-    rows, columns = group[0][1].weight.shape
+    weight = group[0][1].weight
+    rows, columns = weight.shape
     embedded = any(isinstance(holder, nn.Embedding) for _, holder in group)
+    if precision == "2:4":
+        fitting = SparseFormat.fits(columns) and not embedded
+        return SparseFormat(rows, columns, weight.dtype) if fitting else None
     return WeightFormat.of(rows, columns, "int8" if embedded else precision)
 
 

@@ -1,4 +1,4 @@
-"""Layers whose weights are kept in 8 or 4 bits: they stand where `torch.nn.Linear` and `torch.nn.Embedding` stood."""
+"""Layers with weights in 8 or 4 bits, or half of them: they stand where `nn.Linear` and `nn.Embedding` stood."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoglm_lab.models.quantized_products import FEW_ROWS, product, product_backward, slice_rows
+from autoglm_lab.models.quantized_products import FEW_ROWS, Packed, product, product_backward, slice_rows
 from autoglm_lab.models.weight_format import WeightFormat
 
 
@@ -24,7 +24,7 @@ class QuantizedLinear(nn.Linear):
 
     packed: Tensor
 
-    def __init__(self, form: WeightFormat, packed: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(self, form: Packed, packed: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)  # a linear layer would make a weight
         self.in_features, self.out_features = form.columns, form.rows
         self.form, self.dtype = form, dtype
@@ -86,7 +86,7 @@ class _Product(torch.autograd.Function):
     """The product for training beside frozen weights: the way back decodes them again instead of keeping them."""
 
     @staticmethod
-    def forward(context: Any, rows: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
+    def forward(context: Any, rows: Tensor, packed: Tensor, form: Packed) -> Tensor:
         context.save_for_backward(packed)
         context.form = form
         return product(rows, packed, form)
@@ -97,7 +97,7 @@ class _Product(torch.autograd.Function):
         return product_backward(gradient, packed, context.form), None, None
 
 
-def _whole(form: WeightFormat, packed: Tensor, dtype: torch.dtype) -> Tensor:
+def _whole(form: Packed, packed: Tensor, dtype: torch.dtype) -> Tensor:
     if packed.is_meta:
         return torch.empty(form.rows, form.columns, dtype=dtype, device="meta")
     return form.decode(packed, 0, form.rows, dtype)

@@ -1,4 +1,4 @@
-"""Products with quantised weights: few rows through one kernel that reads the codes, many slice by slice.
+"""Products with quantised or sparse weights: few rows through one kernel that reads the codes, many slice by slice.
 
 Decoding a token reads every weight once, so what counts is the bytes that are read: on CUDA a kernel multiplies the
 codes as they come. A prompt has many rows; then a slice of the weight is decoded into a small buffer and multiplied by
@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from autoglm_lab.models import sparse_products
+from autoglm_lab.models.sparse_format import SparseFormat
 from autoglm_lab.models.weight_format import WeightFormat
+
+Packed = WeightFormat | SparseFormat
 
 FEW_ROWS = 64
 """Most rows that go through the kernels."""
@@ -51,18 +55,18 @@ FEW = {"int8": Tiles(32, 128, stages=4), "int4": Tiles(32, 256, stages=4)}
 """For some rows: small matrix products."""
 
 
-def product(rows: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
+def product(rows: Tensor, packed: Tensor, form: Packed) -> Tensor:
     """``rows @ weight.T``.
 
     Args:
         rows: ``[some, columns]``.
-        packed: codes and scales of ``weight`` ``[outputs, columns]``.
+        packed: ``weight`` ``[outputs, columns]`` as ``form`` keeps it.
 
     Returns:
         ``[some, outputs]`` in the dtype of ``rows``.
     """
     count = rows.shape[0]
-    if 0 < count <= FEW_ROWS and _has_kernels(packed):
+    if 0 < count <= FEW_ROWS and _has_kernels(packed, form):
         rows = rows.contiguous()
         return _one_row(rows, packed, form) if count == 1 else _few_rows(rows, packed, form)
     step = slice_rows(form, rows.dtype)
@@ -75,7 +79,7 @@ def product(rows: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
     return result
 
 
-def product_backward(gradient: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
+def product_backward(gradient: Tensor, packed: Tensor, form: Packed) -> Tensor:
     """``gradient @ weight``, slice by slice: what reaches the inputs of `product`."""
     result = gradient.new_zeros(gradient.shape[0], form.columns)
     step = slice_rows(form, gradient.dtype)
@@ -85,25 +89,27 @@ def product_backward(gradient: Tensor, packed: Tensor, form: WeightFormat) -> Te
     return result
 
 
-def slice_rows(form: WeightFormat, dtype: torch.dtype) -> int:
+def slice_rows(form: Packed, dtype: torch.dtype) -> int:
     """Rows of a weight that are decoded at once."""
     return max(1, SLICE_BYTES // (form.columns * dtype.itemsize))
 
 
 def why_not() -> str:
     """Why the kernels cannot be used although there is a GPU; empty where they can, or were not tried."""
-    return _verdict[0] if _verdict else ""
+    return next(filter(None, _verdicts.values()), "")
 
 
-def prepare(form: WeightFormat, device: torch.device, dtype: torch.dtype) -> None:
+def prepare(form: Packed, device: torch.device, dtype: torch.dtype) -> None:
     """Compile the kernels for one row, so that the first step finds them."""
     packed = torch.zeros(form.nbytes, dtype=torch.uint8, device=device)
     product(torch.zeros(1, form.columns, dtype=dtype, device=device), packed, form)
 
 
-def _decoded(packed: Tensor, form: WeightFormat, first: int, end: int, dtype: torch.dtype) -> Tensor:
-    if not _has_kernels(packed):
+def _decoded(packed: Tensor, form: Packed, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    if not _has_kernels(packed, form):
         return form.decode(packed, first, end, dtype)
+    if isinstance(form, SparseFormat):
+        return sparse_products.decoded(packed, form, first, end, dtype)
     result = torch.empty(end - first, form.columns, dtype=dtype, device=packed.device)
     width = min(1024, 1 << (form.code_width - 1).bit_length())
     pieces = -(-form.code_width // width)
@@ -114,7 +120,9 @@ def _decoded(packed: Tensor, form: WeightFormat, first: int, end: int, dtype: to
     return result
 
 
-def _one_row(row: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
+def _one_row(row: Tensor, packed: Tensor, form: Packed) -> Tensor:
+    if isinstance(form, SparseFormat):
+        return sparse_products.one_row(row, packed, form, _PROGRAMS)
     tiles = ONE_ROW[form.precision]
     outputs = tiles.outputs
     while outputs > 1 and -(-form.rows // outputs) < _PROGRAMS // 2:
@@ -128,23 +136,30 @@ def _one_row(row: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
     return result
 
 
-def _few_rows(rows: Tensor, packed: Tensor, form: WeightFormat) -> Tensor:
+def _few_rows(rows: Tensor, packed: Tensor, form: Packed) -> Tensor:
+    if isinstance(form, SparseFormat):
+        return _added(sparse_products.few_rows(rows, packed, form, _PROGRAMS), rows.dtype)
     tiles, count = FEW[form.precision], rows.shape[0]
     blocks = -(-form.rows // tiles.outputs)
     width = _width(form, tiles.inputs)
     steps = -(-form.code_width // width)
     splits = min(_MOST_SPLITS, steps, max(1, _PROGRAMS // blocks))
-    result = rows.new_empty(count, form.rows)
-    parts = result if splits == 1 else rows.new_empty(splits, count, form.rows, dtype=torch.float32)
-    kernels = _kernels()
-    kernels.few_rows_kernel[(blocks, splits)](
+    parts = rows.new_empty(splits, count, form.rows, dtype=rows.dtype if splits == 1 else torch.float32)
+    _kernels().few_rows_kernel[(blocks, splits)](
         rows, form.codes(packed), form.scales(packed), parts, count, form.rows,
         COLUMNS=form.columns, CODE_WIDTH=form.code_width, GROUP=form.group, BITS=_bits(form), OUTPUTS=tiles.outputs,
         WIDTH=width, ROWS=max(16, 1 << (count - 1).bit_length()), EXACT=rows.dtype == torch.float32,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    if splits > 1:
-        kernels.add_kernel[(-(-result.numel() // 1024),)](parts, result, result.numel(), splits, BLOCK=1024)
+    return _added(parts, rows.dtype)
+
+
+def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of the splits ``[splits, rows, outputs]``, in their order."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    result = parts.new_empty(parts.shape[1:], dtype=dtype)
+    _kernels().add_kernel[(-(-result.numel() // 1024),)](parts, result, result.numel(), parts.shape[0], BLOCK=1024)
     return result
 
 
@@ -160,22 +175,24 @@ def _bits(form: WeightFormat) -> int:
     return 8 if form.precision == "int8" else 4
 
 
-_verdict: list[str] = []
+_verdicts: dict[type, str] = {}
 
 
-def _has_kernels(packed: Tensor) -> bool:
-    """Whether the kernels run here. Found out once; without them slices are decoded for a single row too."""
+def _has_kernels(packed: Tensor, form: Packed) -> bool:
+    """Whether the kernels of a format run here. Found out once; else slices are decoded for a single row too."""
     if not packed.is_cuda and (packed.is_meta or os.environ.get("TRITON_INTERPRET") != "1"):
         return False
     if type(packed) is not Tensor or not _triton():  # what is a kind of its own, as tensors without data are, stays so
         return False
-    if not _verdict:
-        _verdict.append("")
+    kind = type(form)
+    if kind not in _verdicts:
+        _verdicts[kind] = ""
+        small = SparseFormat(16, 64, torch.float32) if kind is SparseFormat else WeightFormat(16, 64, "int4")
         try:
-            prepare(WeightFormat(16, 64, "int4"), packed.device, torch.float32)
+            prepare(small, packed.device, torch.float32)
         except Exception as error:  # noqa: BLE001 - whatever Triton lacks here, the plain way works
-            _verdict[0] = f"{type(error).__name__}: {error}".split("\n")[0]
-    return not _verdict[0]
+            _verdicts[kind] = f"{type(error).__name__}: {error}".split("\n")[0]
+    return not _verdicts[kind]
 
 
 @functools.cache

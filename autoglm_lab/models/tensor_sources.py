@@ -18,6 +18,7 @@ from autoglm_lab.errors import LoadError
 from autoglm_lab.models.anatomy import named_tensors
 from autoglm_lab.models.checkpoint import FileTensor
 from autoglm_lab.models.skeleton import model_class
+from autoglm_lab.models.sparse_format import SparseFormat
 from autoglm_lab.models.weight_format import WeightFormat
 
 
@@ -44,7 +45,7 @@ class HeldTensor:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A weight that is quantised while it comes.
+    """A weight that is quantised, or pruned, while it comes.
 
     Attributes:
         name: of the weight in the model as it was made.
@@ -53,7 +54,7 @@ class PackedTensor:
     """
 
     name: str
-    form: WeightFormat
+    form: WeightFormat | SparseFormat
     source: FileTensor | DummyTensor | HeldTensor
 
 

@@ -8,7 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Quantized = Literal["int8", "int4"]
+from autoglm_lab.models import nf4
+
+Quantized = Literal["int8", "int4", "nf4"]
 _GROUPS = (64, 32)
 _ALIGNMENT = 256
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.74)
@@ -22,6 +24,7 @@ class WeightFormat:
     ``int8``: a code a number, symmetric, and a float32 scale a row; the codes are those of torchao's
     ``Int8WeightOnlyConfig``. ``int4``: two codes a byte, and a bfloat16 scale and minimum for every ``group`` columns.
     Of the bytes of a group, byte ``j`` holds column ``j`` in its low half and column ``j + group / 2`` in its high one.
+    ``nf4``: codes as in int4, of sixteen values that fit a normal distribution (`nf4`), and a bfloat16 scale a group.
     """
 
     rows: int
@@ -30,7 +33,7 @@ class WeightFormat:
 
     @classmethod
     def of(cls, rows: int, columns: int, precision: Quantized) -> WeightFormat:
-        """The format of a weight; int4 needs columns that groups divide, else int8 it is."""
+        """The format of a weight; 4 bits need columns that groups divide, else int8 it is."""
         divided = any(columns % group == 0 for group in _GROUPS)
         return cls(rows, columns, precision if divided or precision == "int8" else "int8")
 
@@ -54,7 +57,8 @@ class WeightFormat:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales."""
-        return self.code_nbytes + self.rows * (4 if self.precision == "int8" else 4 * (self.columns // self.group))
+        a_group = 2 if self.precision == "nf4" else 4
+        return self.code_nbytes + self.rows * a_group * (self.columns // self.group)
 
     def codes(self, packed: Tensor) -> Tensor:
         """The codes in ``packed`` (``uint8 [nbytes]``): ``int8 [rows, columns]`` or ``uint8 [rows, columns / 2]``."""
@@ -62,11 +66,11 @@ class WeightFormat:
         return held.view(torch.int8) if self.precision == "int8" else held
 
     def scales(self, packed: Tensor) -> Tensor:
-        """``float32 [rows, 1]``, or scale and minimum of each group: ``bfloat16 [rows, columns / group, 2]``."""
+        """``float32 [rows, 1]``, or ``bfloat16 [rows, columns / group, 2]``: scale and minimum; in nf4 1: the scale."""
         held = packed[self.code_nbytes : self.nbytes]
         if self.precision == "int8":
             return held.view(torch.float32).view(self.rows, 1)
-        return held.view(torch.bfloat16).view(self.rows, self.columns // self.group, 2)
+        return held.view(torch.bfloat16).view(self.rows, self.columns // self.group, -1)
 
     def write(self, packed: Tensor, first: int, weights: Tensor) -> None:
         """Quantise ``weights`` ``[some rows, columns]`` into the rows from ``first`` on.
@@ -87,7 +91,8 @@ class WeightFormat:
         if self.precision == "int8":
             scale = (numbers.abs().amax(1, keepdim=True) / 127.5).clamp_min(_LEAST_SCALE)
             return (numbers * (1.0 / scale)).round_().clamp_(-128, 127).to(torch.int8), scale
-        return _encode_in_groups(numbers.unflatten(1, (-1, self.group)))
+        grouped = numbers.unflatten(1, (-1, self.group))
+        return nf4.encode(grouped) if self.precision == "nf4" else _encode_in_groups(grouped)
 
     def decode(self, packed: Tensor, first: int, end: int, dtype: torch.dtype) -> Tensor:
         """The weights of some rows: ``[end - first, columns]``."""
@@ -98,6 +103,8 @@ class WeightFormat:
         """The weights behind rows of codes and of scales."""
         if self.precision == "int8":
             return codes.to(dtype).mul_(scales)
+        if self.precision == "nf4":
+            return nf4.decode(codes, scales, dtype)
         bytes_ = codes.unflatten(-1, (-1, self.group // 2))
         numbers = torch.cat([bytes_ & 15, bytes_ >> 4], dim=-1).to(torch.float32)
         numbers.mul_(scales[..., :1]).add_(scales[..., 1:])

@@ -56,14 +56,23 @@ def check_access(settings: ServerSettings, method: str, path: str, headers: Mapp
     raise RequestError(403, f"this changes memory or settings, which clients may not: {how}", "admin_only")
 
 
-def check_conversation(settings: ServerSettings, role: Role) -> None:
-    """Named conversations are shared with whoever knows their name, the notebook too: they are the admin's.
+def check_asked(settings: ServerSettings, role: Role, *, conversation: str | None, force: bool = False) -> None:
+    """What of a question is the admin's alone.
+
+    Args:
+        conversation: a named one is shared with whoever knows its name, the notebook too.
+        force: what the plan refuses is tried all the same, beside everybody's answers.
 
     Raises:
         RequestError: the key does not go so far.
     """
-    if role != "admin":
-        how = "send the admin key" if settings.admin_key else "start the service with an admin key (--admin-key)"
+    if role == "admin":
+        return
+    how = "send the admin key" if settings.admin_key else "start the service with an admin key (--admin-key)"
+    if force:
+        message = f"'force' tries what does not fit, which needs the admin's right: {how}"
+        raise RequestError(403, message, "admin_only", param="force")
+    if conversation is not None:
         message = f"'conversation' names a dialogue that others may share, which needs the admin's right: {how}"
         raise RequestError(403, message, "admin_only", param="conversation")
 

@@ -40,12 +40,14 @@ class Question:
         options: for ``policy.generation``.
         conversation: a named one, whose keys and values the service keeps; None: nothing is kept but a prefix.
         replace: the messages are the whole dialogue; False: they go on from what the named conversation has.
+        force: try it also where the plan says that it cannot fit.
     """
 
     messages: Sequence[dict[str, Any]]
     options: dict[str, Any]
     conversation: str | None = None
     replace: bool = True
+    force: bool = False
 
 
 async def begin(service: Service, question: Question) -> Turn:
@@ -160,6 +162,7 @@ def _submit(service: Service, question: Question) -> Turn:
         conversation=question.conversation or f"request {secrets.token_hex(4)}",
         replace=private or question.replace,
         keep=not private,
+        force=question.force,
         **question.options,
     )
 

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from autoglm_lab.engine.protocol import Answer, MemoryEvent, ReasoningDelta, TextDelta, Turn
 from autoglm_lab.engine.wire import EXTENSION, to_wire
-from autoglm_lab.server.access import check_conversation
+from autoglm_lab.server.access import check_asked
 from autoglm_lab.server.asking import Question, answering, new_id, unless_gone
 from autoglm_lab.server.sampling import Sampling
 from autoglm_lab.server.service import Service, role_in, service_of
@@ -51,11 +51,10 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a dialogue, whole or as it comes."""
     service = service_of(request)
     name, thinks = service.check_model(asked.model), service.engine.capabilities.thinking
-    if asked.conversation is not None:
-        check_conversation(service.settings, role_in(request))
+    check_asked(service.settings, role_in(request), conversation=asked.conversation, force=asked.force)
     options = asked.generation(can_think=thinks)
     messages = [message.model_dump() for message in asked.messages]
-    question = Question(messages, options, asked.conversation, asked.replace)
+    question = Question(messages, options, asked.conversation, asked.replace, asked.force)
     ignored = asked.ignored(can_think=thinks)
     headers = {"x-autoglm-ignored": ignored} if ignored else {}
     turn = await unless_gone(request, answering(service, question))

@@ -1,8 +1,9 @@
 """`/v1/audio/live`: a websocket that takes sound while it is spoken, and answers when it is asked.
 
-The client may send ``{"type": "start", …}`` with settings of the answer, then binary packets of 16 kHz mono samples, of
-any size, and then ``{"type": "ask", "text": …}``. The service sends ``ready``, ``text``, ``reasoning``, ``event``,
-``answer`` and ``error``; after an answer it is ready again, in the same dialogue.
+The client may send ``{"type": "start", …}`` with settings of the answer and, where it keeps the dialogue itself, with
+``messages``; then binary packets of 16 kHz mono samples, of any size; then ``{"type": "ask", "text": …}``. The service
+sends ``ready``, ``text``, ``reasoning``, ``event``, ``answer`` and ``error``. After an answer it is ready again, in the
+same dialogue.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
@@ -22,7 +23,9 @@ from pydantic import Field, ValidationError
 from autoglm_lab.engine.protocol import MemoryEvent, ReasoningDelta, TextDelta, Turn
 from autoglm_lab.engine.wire import to_wire
 from autoglm_lab.errors import LabError
-from autoglm_lab.server.access import check_conversation
+from autoglm_lab.server.access import check_asked
+from autoglm_lab.server.chat import ChatMessage
+from autoglm_lab.server.media import read_dialogue
 from autoglm_lab.server.request_error import RequestError
 from autoglm_lab.server.sampling import Sampling
 from autoglm_lab.server.service import Service, role_in, service_of
@@ -39,10 +42,14 @@ _TRIES = 200
 
 
 class LiveRequest(Sampling):
-    """``start``: how the answer is to be given. ``ask``: the end of the sound, and what else is asked."""
+    """``start``: how the answer is to be given, and to what. ``ask``: the end of the sound, and what else is asked.
+
+    ``messages``: the whole dialogue up to the sound; None: what this connection, or the conversation, has of it.
+    """
 
     type: Literal["start", "ask"]
     text: str | None = Field(None, max_length=100_000)
+    messages: Annotated[list[ChatMessage], Field(max_length=4096)] | None = None
 
 
 @router.websocket("/v1/audio/live")
@@ -53,8 +60,7 @@ async def live(socket: WebSocket, format: str = "s16le", conversation: str | Non
     name = conversation or f"live {secrets.token_hex(4)}"
     try:
         _check_format(format)
-        if conversation is not None:
-            check_conversation(service.settings, role_in(socket))
+        check_asked(service.settings, role_in(socket), conversation=conversation)
         while not service.stopping:
             await _question(service, socket, name, format)
     except WebSocketDisconnect:
@@ -71,7 +77,7 @@ async def live(socket: WebSocket, format: str = "s16le", conversation: str | Non
 
 async def _question(service: Service, socket: WebSocket, name: str, form: str) -> None:
     """Take the sound and the question, and answer it. A place is held from the first packet on."""
-    options: dict[str, Any] = {}
+    start: Callable[[], Turn] = partial(service.engine.submit, [], conversation=name, live=True)
     turn: Turn | None = None
     began = 0.0
     await socket.send_json({"type": "ready"})
@@ -81,13 +87,11 @@ async def _question(service: Service, socket: WebSocket, name: str, form: str) -
             if told is not None and told.type == "ask":
                 break
             if told is not None:
-                options = told.generation(can_think=service.engine.capabilities.thinking)
+                start = await _started(service, socket, told, name)
             if packet and turn is None:
                 await service.places.take()
                 began = time.monotonic()
-                turn = await asyncio.to_thread(
-                    partial(service.engine.submit, [], conversation=name, live=True, **options)
-                )
+                turn = await asyncio.to_thread(start)
             if packet and turn is not None:
                 await asyncio.to_thread(turn.feed, _samples(packet, form))
         if turn is None:
@@ -99,6 +103,18 @@ async def _question(service: Service, socket: WebSocket, name: str, form: str) -
             turn.cancel()
         if began:
             service.places.leave(time.monotonic() - began)
+
+
+async def _started(service: Service, socket: WebSocket, told: LiveRequest, name: str) -> Callable[[], Turn]:
+    """What begins the turn, as the client wants it."""
+    check_asked(service.settings, role_in(socket), conversation=None, force=told.force)
+    options = told.generation(can_think=service.engine.capabilities.thinking)
+    before: list[dict[str, Any]] = []
+    if told.messages is not None:
+        said = [message.model_dump() for message in told.messages]
+        before = await asyncio.to_thread(read_dialogue, said, service.settings)
+        options["replace"] = True
+    return partial(service.engine.submit, before, conversation=name, live=True, force=told.force, **options)
 
 
 def _check_format(form: str) -> None:

@@ -16,6 +16,7 @@ from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.memory.residency.move import Move
+from autoglm_lab.models.image_tokens import image_tokens
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.server.request_error import RequestError
 from autoglm_lab.server.service import Service, service_of
@@ -82,6 +83,17 @@ async def capabilities(request: Request) -> dict[str, Any]:
     pool = engine.state.pool
     pages = {"pages": None, "page_bytes": 0} if pool is None else {"pages": pool.form, "page_bytes": pool.page_bytes}
     return found | {name: to_wire(value) for name, value in pages.items()}
+
+
+@router.get("/image-tokens")
+async def image_cost(
+    request: Request,
+    width: Annotated[int, Query(ge=1, le=1 << 15)],
+    height: Annotated[int, Query(ge=1, le=1 << 15)],
+) -> dict[str, int | None]:
+    """How many tokens an image of so many pixels takes of a prompt; null: the model does not tell, or takes none."""
+    processor = service_of(request).engine.state.processor
+    return {"tokens": await asyncio.to_thread(image_tokens, processor, (width, height))}
 
 
 @router.get("/policy")

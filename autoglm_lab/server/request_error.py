@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from autoglm_lab.engine.wire import EXTENSION
 from autoglm_lab.errors import (
     AdmissionError,
     ContextLimitError,
@@ -46,6 +47,7 @@ class RequestError(Exception):
         message: what was asked, what there is, what to do.
         code: a word that a program can tell errors apart by.
         param: the field of the request that is meant.
+        more: what a program of ours reads beside the message, under `EXTENSION`.
         retry_after: seconds after which it may be tried again.
     """
 
@@ -57,15 +59,17 @@ class RequestError(Exception):
         *,
         param: str | None = None,
         retry_after: float | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.retry_after = retry_after
+        self.retry_after, self.more = retry_after, more
 
     def body(self) -> dict[str, Any]:
         """In OpenAI's shape."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error if self.more is None else {**error, EXTENSION: dict(self.more)}}
 
     def headers(self) -> dict[str, str]:
         given: dict[str, str] = {}
@@ -88,7 +92,14 @@ def request_error(error: BaseException) -> RequestError:
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
             wait = _WAIT if status == 503 else None
-            return RequestError(status, str(error), code, retry_after=wait)
+            return RequestError(status, str(error), code, retry_after=wait, more=_figures(error))
     if isinstance(error, LabError):
         return RequestError(400, str(error), "invalid_request")
     return RequestError(500, "the service failed on this request; its log says why", "internal")
+
+
+def _figures(error: BaseException) -> dict[str, Any] | None:
+    """The figures of what did not fit, so that the other side can raise the same error."""
+    if not isinstance(error, OutOfMemoryError):
+        return None
+    return {"phase": error.phase, "needed": error.needed, "had": error.had, "remedies": list(error.remedies)}

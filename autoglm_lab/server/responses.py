@@ -11,7 +11,7 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from autoglm_lab.engine.protocol import Answer, ReasoningDelta, TextDelta, Turn
-from autoglm_lab.server.access import check_conversation
+from autoglm_lab.server.access import check_asked
 from autoglm_lab.server.asking import Question, answering, new_id, unless_gone
 from autoglm_lab.server.response_events import ResponseEvents
 from autoglm_lab.server.response_items import messages_of, output_items
@@ -41,8 +41,7 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     """Answer, whole or as it comes."""
     service, role = service_of(request), role_in(request)
     name, thinks = service.check_model(asked.model), service.engine.capabilities.thinking
-    if asked.conversation is not None:
-        check_conversation(service.settings, role)
+    check_asked(service.settings, role, conversation=asked.conversation, force=asked.force)
     effort = (asked.reasoning or {}).get("effort")
     if effort is not None and asked.reasoning_effort is None:
         asked.reasoning_effort = str(effort)
@@ -53,9 +52,8 @@ async def create(request: Request, asked: ResponseRequest) -> Response:
     # As OpenAI has it, instructions count for one response and are not handed on.
     said = [*before, *messages_of(asked.input)]
     told = [] if asked.instructions is None else [{"role": "system", "content": asked.instructions}]
-    turn = await unless_gone(
-        request, answering(service, Question([*told, *said], options, asked.conversation, asked.replace))
-    )
+    question = Question([*told, *said], options, asked.conversation, asked.replace, asked.force)
+    turn = await unless_gone(request, answering(service, question))
     response = _Response(service, turn, name, asked, said, role)
     ignored = asked.ignored(can_think=thinks)
     headers = {"x-autoglm-ignored": ignored} if ignored else {}

@@ -48,7 +48,7 @@ class Serving:
             access_log=False,
             server_header=False,
             lifespan="off",
-            ws_max_size=settings.media_bytes,
+            ws_max_size=settings.body_bytes,
             ws="websockets-sansio",
             timeout_graceful_shutdown=round(settings.drain_seconds + _AFTER_DRAIN),
         )

@@ -77,6 +77,7 @@ class Sampling(BaseModel):
     return_reasoning: bool = True
     conversation: Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f]+$")] | None = None
     replace: bool = True
+    force: bool = False
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from autoglm_lab.engine.commands import NAME
 from autoglm_lab.engine.local import LocalEngine
 from autoglm_lab.errors import TrainingError
 from autoglm_lab.memory.ledger import LedgerBook
@@ -159,6 +160,6 @@ class Tuner:
 
     def _alone(self, act: Callable[[], Any]) -> Any:
         """On the engine's thread, while no turn is under way."""
-        if threading.current_thread().name == "autoglm-lab engine":
+        if threading.current_thread().name == NAME:
             return act()
         return self._engine.occupy(lambda _between: act()).result()

@@ -7,7 +7,6 @@ from typing import Any
 
 import traitlets
 
-from autoglm_lab.engine.local import LocalEngine
 from autoglm_lab.engine.protocol import Engine, Turn
 from autoglm_lab.errors import AdmissionError, LabError, MessageError
 from autoglm_lab.widgets import sample_cards
@@ -65,7 +64,7 @@ class ChatPanel(Panel):
             "samples": self._samples,
             "warning": self.host.warning if self.host else None,
             "refused": self._conversation in self._refused,
-            "can_force": self.host is not None and isinstance(self.host.bench.engine, LocalEngine),
+            "can_force": able.memory_control,
             "limit": LIMIT,
             "image_tokens": self._image_tokens(),
             "most_files": MOST_FILES,
@@ -128,7 +127,7 @@ class ChatPanel(Panel):
             transcript.ask(conversation, text, [file.card() for file in files])
             parts = [file.part() for file in files] + ([{"type": "text", "text": text}] if text else [])
             options = {"thinking": thinking} if isinstance(thinking, bool) else {}
-            options |= {"force": True} if force and isinstance(engine, LocalEngine) else {}
+            options |= {"force": True} if force and engine.capabilities.memory_control else {}
             self._refused.pop(conversation, None)
             try:
                 with transcript.speaking():

@@ -48,6 +48,7 @@ KERNELS = {
     "autoglm_lab.engine.norm_kernel",
     "autoglm_lab.memory.kv.paged_triton",
     "autoglm_lab.models.quantized_triton",
+    "autoglm_lab.models.sparse_triton",
 }
 
 

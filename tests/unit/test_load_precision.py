@@ -73,10 +73,24 @@ def test_a_short_name_quantises_the_text_and_leaves_the_encoders() -> None:
         assert {one.form.precision for one in layers} == {"int8"}
 
 
+def test_half_of_the_text_is_parked_woken_and_planned_like_any_other_weights() -> None:
+    with lab.load("autoglm-tiny", device="cpu", quantize={"text": "2:4"}) as workbench:
+        layers = [one for one in workbench.model.modules() if isinstance(one, QuantizedLinear)]
+        assert {one.form.precision for one in layers} == {"2:4"}
+        answer = workbench.chat("你是谁?", max_new_tokens=8).result(100).text
+        workbench.modules["text"].park().result()
+        assert workbench.chat("你是谁?", conversation="again", max_new_tokens=8).result(100).text == answer
+        held = workbench.memory.nbytes("text")
+        plan = workbench.plan(workload=Workload(context=64, new_tokens=16))
+        assert {row.nbytes for row in plan.phases[0].rows if row.name == "text"} == {held}
+        with lab.load("autoglm-tiny", device="cpu") as whole:
+            assert held < 0.66 * whole.memory.nbytes("text")  # embeddings stay as they are
+
+
 def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(PolicyError, match="there is no module 'txt': this model has vision, audio, projector, text"):
         lab.load("autoglm-tiny", device="cpu", quantize={"txt": "int8"})
-    with pytest.raises(PolicyError, match="'int8' or 'int4' \\(got 'int2'\\)"):
+    with pytest.raises(PolicyError, match=r"or '2:4' \(got 'int2'\)"):
         lab.load("autoglm-tiny", device="cpu", quantize={"text": "int2"})
     with pytest.raises(PolicyError, match="quantize 'nf4' is none of int8, int4"):
         lab.load("autoglm-tiny", device="cpu", quantize="nf4")

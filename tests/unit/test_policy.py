@@ -82,6 +82,12 @@ def test_an_empty_yaml_is_the_default() -> None:
     assert MemoryPolicy.from_yaml("# nothing yet\n") == MemoryPolicy()
 
 
+def test_an_unquoted_2_4_in_yaml_is_no_time() -> None:
+    policy = MemoryPolicy.from_yaml("modules: {text: {precision: 2:4}}")
+    assert policy.precisions() == {"text": "2:4"}
+    assert MemoryPolicy.from_yaml(policy.to_yaml()) == policy
+
+
 @pytest.mark.parametrize(
     "text", ["modules: {audio: off}", "modules: {audio: {residency: off}}", 'modules: {audio: "off"}']
 )
@@ -149,7 +155,7 @@ def test_a_policy_does_not_change_in_place() -> None:
         ),
         ({"modules": {"audio": "gone"}}, "'keep', 'on-demand' or 'off' (got 'gone')"),
         ({"modules": {"audio": {"park_to": "moon"}}}, "'auto', 'host' or 'disk' (got 'moon')"),
-        ({"modules": {"text": {"precision": "int3"}}}, "'float16', 'int8' or 'int4' (got 'int3')"),
+        ({"modules": {"text": {"precision": "int3"}}}, "or '2:4' (got 'int3')"),
         ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns', 'window' or 'refuse' (got 'spill')"),
         ({"kv": {"max_tokens": 3}}, "kv.max_tokens: Input should be greater than or equal to 16 (got 3)"),
         ({"kv": {"max_conversations": 0}}, "kv.max_conversations: Input should be greater than or equal to 1 (got 0)"),

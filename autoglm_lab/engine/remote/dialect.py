@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -32,18 +33,22 @@ class Dialect:
         name: for people.
         fields: settings of ``policy.generation`` and the field of a request that says each; what is missing is refused
             there and never sent.
+        config: the same for settings that the field ``generation_config`` says, as JSON in the words of transformers.
         thinking: where ``enable_thinking`` stands: at the ``top``, in the ``template``'s arguments, or nowhere.
         stream_options: whether the tokens of a streamed answer have to be asked for.
         ours: the server is of this package: every switch works, and more comes with an answer.
         sound: the form of samples in a WAV file; ``FLOAT`` is exact, ``PCM_16`` is read everywhere.
+        drops_media: images and sounds that its model does not read are left out without a word.
     """
 
     name: str
     fields: Mapping[str, str] = field(default_factory=lambda: _CORE)
+    config: Mapping[str, str] = field(default_factory=dict)
     thinking: Literal["top", "template", "nowhere"] = "template"
     stream_options: bool = True
     ours: bool = False
     sound: Literal["FLOAT", "PCM_16"] = "PCM_16"
+    drops_media: bool = False
 
     def request(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a request that say ``settings`` of `GenerationPolicy`.
@@ -64,6 +69,8 @@ class Dialect:
                 said[at] = value
             else:
                 extra[at] = value
+        if self.config:
+            extra["generation_config"] = json.dumps(self._config(settings))
         if "thinking" in settings and self.thinking != "nowhere":
             switch = {"enable_thinking": bool(settings["thinking"])}
             extra |= switch if self.thinking == "top" else {"chat_template_kwargs": switch}
@@ -73,16 +80,28 @@ class Dialect:
         """Settings that say something and that this server does not take."""
         plain = GenerationPolicy()
         names = [name for name, value in settings.items() if value is not None and value != getattr(plain, name)]
-        known = {*self.fields} | ({"thinking"} if self.thinking != "nowhere" else set())
+        known = {*self.fields, *self.config} | ({"thinking"} if self.thinking != "nowhere" else set())
         return [name for name in names if name not in known]
+
+    def _config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        said = {at: settings[name] for name, at in self.config.items() if settings.get(name) is not None}
+        # Without these a temperature is ignored, and only the 50 likeliest tokens are drawn from.
+        return {"do_sample": bool(settings.get("temperature")), "top_k": 0} | said
 
 
 _STANDARD = frozenset(_CORE.values())
-OURS: Final = Dialect("autoglm_lab", _WIDE, "top", ours=True, sound="FLOAT")
+OURS: Final = Dialect("autoglm_lab", _WIDE, thinking="top", ours=True, sound="FLOAT")
 VLLM: Final = Dialect("vLLM", _WIDE)
 SGLANG: Final = Dialect("SGLang", _WIDE)
 LLAMA: Final = Dialect("llama.cpp", _CORE | {"repetition_penalty": "repeat_penalty", "eos": "ignore_eos"})
-# Any field that it does not know is a 422; stream_options it knows and ignores.
-_LEAST: Final = {name: at for name, at in _CORE.items() if name != "presence_penalty"}
-TRANSFORMERS: Final = Dialect("transformers serve", _LEAST, stream_options=False)
+# Any field that it does not know is a 422. stream_options and presence_penalty it knows and ignores, and it reads
+# frequency_penalty as a repetition penalty. What stands in generation_config is obeyed.
+_LEAST: Final = {name: at for name, at in _CORE.items() if not name.endswith("_penalty")}
+TRANSFORMERS: Final = Dialect(
+    "transformers serve",
+    _LEAST,
+    {"min_new_tokens": "min_new_tokens", "repetition_penalty": "repetition_penalty"},
+    stream_options=False,
+    drops_media=True,
+)
 OTHER: Final = Dialect("this server", thinking="nowhere")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 import weakref
@@ -12,17 +11,15 @@ from typing import Any, Final, Literal
 from autoglm_lab.engine.messages import AudioPart, ImagePart, Message, media, read_messages
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.engine.protocol import Capabilities, ConversationInfo, ModuleInfo, Turn, TurnListener
-from autoglm_lab.engine.remote.history import History, WireMessage, wire_message
+from autoglm_lab.engine.remote.conversations import RemoteConversations
+from autoglm_lab.engine.remote.history import WireMessage, wire_message
 from autoglm_lab.engine.remote.link import AdminOnlyError, Link
 from autoglm_lab.engine.remote.loop import Loop
 from autoglm_lab.engine.remote.memory import Recent, ServerMemory
 from autoglm_lab.engine.remote.peer import Peer
 from autoglm_lab.engine.service_load import ServiceLoad
 from autoglm_lab.errors import (
-    ConversationError,
-    EndpointError,
     EngineClosedError,
-    LabError,
     MessageError,
     ModuleError,
     PolicyError,
@@ -56,20 +53,17 @@ class RemoteEngine:
     def __init__(self, link: Link, peer: Peer, *, timeout: float, record: Callable[[Event], None]) -> None:
         self._link, self._peer, self._timeout, self._record = link, peer, timeout, record
         self._policy = MemoryPolicy()
-        self._histories: dict[str, History] = {}
-        self._gates: dict[str, asyncio.Lock] = {}
         self._recent = Recent()
         self._memory = ServerMemory(link, self._recent)
         self._lock = threading.Lock()
         self._listeners: tuple[TurnListener, ...] = ()
-        self._running: dict[Turn, Any] = {}
         self._chat: Any = None
         self._named = True
         self._warned: set[str] = set()
-        self._rate: float | None = None
         self._latest_phase = "idle"
         self._closed = False
         self._loop = Loop()
+        self._talks = RemoteConversations(link.host, self._loop, _weakly(self), self._recent.forget)
         weakref.finalize(self, self._loop.close)
 
     # what is
@@ -91,7 +85,7 @@ class RemoteEngine:
 
     @property
     def phase(self) -> str:
-        reading = [job.phase for job in tuple(self._running.values())]
+        reading = {job.phase for job in self._talks.running.values()} - {"idle"}
         if reading:
             return "decode" if "decode" in reading else "prefill"
         return self._latest_phase
@@ -99,7 +93,7 @@ class RemoteEngine:
     @property
     def tokens_per_second(self) -> float | None:
         """Decoding speed of the last answer, as seen from here."""
-        return self._rate
+        return self._talks.rate
 
     @property
     def closed(self) -> bool:
@@ -148,8 +142,7 @@ class RemoteEngine:
         self._check_open()
         if self.ours:
             return self._memory.conversations()
-        with self._lock:
-            return tuple(history.info(name) for name, history in self._histories.items())
+        return self._talks.infos()
 
     # what can be asked
 
@@ -160,30 +153,32 @@ class RemoteEngine:
         conversation: str = "main",
         live: bool = False,
         replace: bool = False,
+        force: bool = False,
         **options: Any,
     ) -> Turn:
         """Append messages to a conversation and answer them. Returns at once. See `LocalEngine.submit`.
+
+        Args:
+            live: leave the question open for `Turn.feed` until `Turn.ask`. Only a server of ours listens. Later turns
+                of this conversation wait for it.
+            force: try it also where the plan of a server of ours says that it cannot fit. It asks for its admin key.
 
         Raises:
             MessageError, MediaError: the messages cannot be read, or the model does not take what is in them.
             PolicyError: an option does not exist or cannot be.
         """
         self._check_open()
-        if live:
-            raise MessageError("live sound needs the model in this kernel: send the sound with wb.chat(..., audio=…)")
-        read = read_messages(messages)
-        self._check_media(read)
-        request = self._request(options, conversation)
-        turn = Turn(conversation, cancel=self._cancel)
-        new = [wire_message(message, self._peer.dialect.sound) for message in read]
-        with self._lock:
-            history = self._histories.setdefault(conversation, History())
-            history.busy += 1
+        if live and not self.ours:
+            name = self._peer.dialect.name
+            raise MessageError(f"{name} takes no live sound: send it whole with wb.chat(..., audio=…)")
+        read = read_messages(messages) if messages or not live else ()
+        self._check_media(read, live=live)
+        request = self._request(options, conversation, force=force)
+        feed, ask = (_feed, _close_question) if live else (None, None)
+        turn = Turn(conversation, cancel=self._cancel, feed=feed, ask=ask)
+        turn.run = self._job(turn, read, live=live)
         kept = "resend" if replace else self.policy.history.media
-        job = self._job(turn)
-        self._running[turn] = job
-        turn.run = job
-        self._loop.run(self._answer(job, history, new, kept, request, replace=replace))
+        self._talks.begin(turn.run, kept, request, replace=replace)
         for listener in self._listeners:
             listener(turn, read)
         return turn
@@ -240,27 +235,23 @@ class RemoteEngine:
         self._need_ours("plan")
         return self._memory.plan(policy, workload, search=search)
 
+    def image_tokens(self, size: tuple[int, int]) -> int | None:
+        """Tokens of an image of ``(width, height)``; None where the server does not tell."""
+        self._check_open()
+        return self._memory.image_tokens(size) if self.ours else None
+
     def drop(self, conversation: str) -> None:
         """Forget a conversation, here and on a server of ours.
 
         Raises:
             ConversationError: there is none of this name, or a turn of it is under way.
         """
-        with self._lock:
-            history = self._histories.get(conversation)
-            if history is not None and history.busy:
-                raise ConversationError(f"conversation '{conversation}' has a turn under way: stop it first")
-        if self.ours and any(info.name == conversation for info in self.conversations()):
-            self._memory.drop(conversation)
-        elif history is None:
-            names = ", ".join(info.name for info in self.conversations()) or "none"
-            raise ConversationError(f"there is no conversation '{conversation}'; there are: {names}")
-        with self._lock:
-            self._histories.pop(conversation, None)
+        there = self._memory if self.ours else None
+        self._talks.drop(conversation, there)
 
     def stop(self) -> None:
         """Cancel every turn of this side. Returns at once."""
-        for turn in tuple(self._running):
+        for turn in self._talks.running:
             turn.cancel()
 
     def close(self) -> None:
@@ -269,48 +260,13 @@ class RemoteEngine:
             return
         self._closed = True
         self._loop.close()
-        for turn, job in tuple(self._running.items()):
+        for turn, job in self._talks.running.items():
             turn.emit(job.answer("cancelled"))
         self._link.close()
 
     # a turn
 
-    async def _answer(
-        self,
-        job: Any,
-        history: History,
-        new: list[WireMessage],
-        media_kept: Literal["resend", "strip"],
-        request: dict[str, Any],
-        *,
-        replace: bool,
-    ) -> None:
-        turn, job.task = job.turn, asyncio.current_task()
-        try:
-            async with self._gates.setdefault(turn.conversation, asyncio.Lock()):
-                if replace:
-                    history.messages.clear()
-                messages = history.asking(new, media=media_kept)
-                try:
-                    # Stopped before it began: nothing is asked.
-                    answer = job.answer("cancelled") if turn.cancelled else await self._read(job, messages, request)
-                except asyncio.CancelledError:
-                    answer = job.answer("cancelled")
-                self._keep(history, new, answer)
-        except asyncio.CancelledError:
-            self._ended(turn, history)
-            turn.emit(job.answer("cancelled"))
-        except LabError as error:
-            self._ended(turn, history)
-            turn.fail(error)
-        except Exception as error:  # noqa: BLE001 - whoever waits for the turn gets it
-            self._ended(turn, history)
-            turn.fail(EndpointError(f"{self._link.host}: {type(error).__name__}: {error}"))
-        else:
-            self._ended(turn, history)
-            turn.emit(answer)
-
-    async def _read(self, job: Any, messages: list[WireMessage], request: dict[str, Any]) -> Any:
+    async def _ask(self, job: Any, messages: list[WireMessage], request: dict[str, Any]) -> Any:
         try:
             return await job.read(messages, request)
         except AdminOnlyError:
@@ -321,34 +277,22 @@ class RemoteEngine:
             request.get("extra_body", {}).pop("conversation", None)
             return await job.read(messages, request)
 
-    def _keep(self, history: History, new: list[WireMessage], answer: Any) -> None:
-        if answer.finish_reason == "cancelled" and not answer.text:
-            return
-        usage = answer.usage
-        history.messages += [*new, {"role": "assistant", "content": answer.text}]
-        history.turns += 1
-        history.tokens = usage.prompt_tokens + usage.completion_tokens
-        history.prompt += usage.prompt_tokens
-        history.cached += usage.cached_tokens
-        self._rate = answer.timings.tokens_per_second or self._rate
-
-    def _ended(self, turn: Turn, history: History) -> None:
-        with self._lock:
-            history.busy -= 1
-            if not (history.busy or history.messages):
-                self._histories = {name: one for name, one in self._histories.items() if one is not history}
-        self._running.pop(turn, None)
-        self._recent.forget()
-
     def _cancel(self, turn: Turn) -> None:
-        job = turn.run
-        if job is not None and not self._closed:
-            self._loop.call(lambda: job.task and job.task.cancel())
+        if turn.run is not None and not self._closed:
+            self._talks.cancel(turn.run)
 
-    def _job(self, turn: Turn) -> Any:
+    def _job(self, turn: Turn, messages: tuple[Message, ...], *, live: bool) -> Any:
+        form = self._peer.dialect.sound
+        new = [wire_message(message, form) for message in messages]
+        if live:
+            from autoglm_lab.engine.remote.live_turn import LiveTurn
+
+            return LiveTurn(
+                turn, None, self._link, new, messages=messages, loop=self._loop, timeout=self._timeout, sound=form
+            )
         from autoglm_lab.engine.remote.turn import RemoteTurn
 
-        return RemoteTurn(turn, self._talker(), self._link)
+        return RemoteTurn(turn, self._talker(), self._link, new)
 
     def _talker(self) -> Any:
         with self._lock:
@@ -363,27 +307,34 @@ class RemoteEngine:
                 self._loop.at_end(client.aclose)
             return self._chat
 
-    def _request(self, options: Mapping[str, Any], conversation: str) -> dict[str, Any]:
+    def _request(self, options: Mapping[str, Any], conversation: str, *, force: bool) -> dict[str, Any]:
         given = {name: value for name, value in options.items() if value is not None}
         settings = self.policy.replace(generation=given).generation
         # A server of ours has the policy; another one is told all of it.
         wanted = given if self.ours else settings.model_dump()
         dialect = self._peer.dialect
         for name in dialect.refused(wanted):
-            if name not in self._warned:
-                self._warned.add(name)
-                why = f"{dialect.name} does not take it: not sent"
-                self._record(Event(time.time(), "note", f"generation.{name}", why=why))
+            self._note_once(f"generation.{name}", f"{dialect.name} does not take it: not sent")
         request = dialect.request(wanted)
-        if self.ours and self._named:
-            request["extra_body"] = request.get("extra_body", {}) | {"conversation": conversation}
+        more: dict[str, Any] = {"conversation": conversation} if self.ours and self._named else {}
+        more |= {"force": True} if self.ours and force else {}
+        if more:
+            request["extra_body"] = request.get("extra_body", {}) | more
         return request
 
-    def _check_media(self, messages: Sequence[Message]) -> None:
+    def _check_media(self, messages: Sequence[Message], *, live: bool) -> None:
         takes = self.capabilities.modalities
         for name, kind in (("image", ImagePart), ("audio", AudioPart)):
-            if name not in takes and media(messages, kind):
+            if name not in takes and (media(messages, kind) or (live and kind is AudioPart)):
                 raise MessageError(f"{self._peer.model} takes {', '.join(takes)}: leave the {name} out")
+            if self._peer.dialect.drops_media and media(messages, kind):
+                why = f"where its model does not read it, {self._peer.dialect.name} leaves it out without a word"
+                self._note_once(name, why)
+
+    def _note_once(self, subject: str, why: str) -> None:
+        if subject not in self._warned:
+            self._warned.add(subject)
+            self._record(Event(time.time(), "note", subject, why=why))
 
     # asking the server
 
@@ -401,3 +352,24 @@ class RemoteEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this connection was closed: connect again")
+
+
+def _weakly(engine: RemoteEngine) -> Any:
+    """Asks without keeping the engine alive: a loop that runs would never let it go."""
+    reference = weakref.ref(engine)
+
+    async def ask(job: Any, messages: list[WireMessage], request: dict[str, Any]) -> Any:
+        held = reference()
+        if held is None:
+            raise EngineClosedError("this connection was closed: connect again")
+        return await held._ask(job, messages, request)  # noqa: SLF001 - its own
+
+    return ask
+
+
+def _feed(turn: Turn, pcm: Any) -> None:
+    turn.run.feed(pcm)
+
+
+def _close_question(turn: Turn, text: str | None) -> None:
+    turn.run.ask(text)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ipaddress
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import httpx
 
 from autoglm_lab import errors
+from autoglm_lab.engine.wire import EXTENSION, from_wire
 from autoglm_lab.errors import EndpointError, LabError
 
 CONNECT_SECONDS: Final = 5.0
@@ -30,6 +32,20 @@ _CODES: Final[dict[str, type[LabError]]] = {
     "module_not_found": errors.ModuleError,
     "invalid_setting": errors.PolicyError,
 }
+
+
+# These carry their figures.
+_UNFIT: Final[dict[str, Any]] = {"does_not_fit": errors.AdmissionError, "out_of_memory": errors.OutOfMemoryError}
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What did not fit, as an `errors.OutOfMemoryError` has it. Bytes."""
+
+    phase: str
+    needed: int | None
+    had: int | None
+    remedies: tuple[str, ...] = ()
 
 
 class AdminOnlyError(EndpointError):
@@ -103,8 +119,8 @@ class Link:
 
     def refusal(self, status: int, text: str, asked: str) -> LabError:
         """The error for an answer with an error status."""
-        said, code = _said(text)
-        ours = self.named(code, said, asked)
+        said, code, more = _said(text)
+        ours = self.named(code, said, asked, more)
         if ours is not None:
             return ours
         if status in (401, 403):
@@ -115,10 +131,19 @@ class Link:
             return EndpointError(f"{self.host} is busy and refused {asked} (429): {said or 'try again later'}")
         return EndpointError(f"{self.host} refused {asked} ({status}): {said or 'without a reason'}")
 
-    def named(self, code: str, said: str, asked: str) -> LabError | None:
-        """The error that a server of ours names by its code; None: it names none."""
+    def named(self, code: str, said: str, asked: str, more: Any = None) -> LabError | None:
+        """The error that a server of ours names by its code; None: it names none.
+
+        Args:
+            more: the figures that came with it.
+        """
         if code == "admin_only":
             return AdminOnlyError(f"{self.host} refused {asked}: {said}")
+        if code in _UNFIT and isinstance(more, Mapping):
+            with suppress(LabError):
+                figures = from_wire(_Figures, more)
+                unfit: LabError = _UNFIT[code](figures.phase, figures.needed, figures.had, figures.remedies)
+                return unfit
         return _CODES[code](said) if code in _CODES else None
 
     def unreachable(self, error: BaseException) -> EndpointError:
@@ -134,7 +159,13 @@ class Link:
 
     def _send(self, method: str, path: str, body: Any) -> httpx.Response:
         try:
-            return self.client.request(method, self.root + path, json=body, headers=self._headers)
+            try:
+                return self.client.request(method, self.root + path, json=body, headers=self._headers)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                if method != "GET":
+                    raise
+                # The server closed a kept connection at the moment that it was used again.
+                return self.client.request(method, self.root + path, json=body, headers=self._headers)
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
             raise self.unreachable(error) from None
 
@@ -172,16 +203,16 @@ def _is_here(url: str) -> bool:
         return host == "localhost"
 
 
-def _said(text: str) -> tuple[str, str]:
-    """What an error's body says, and its code."""
+def _said(text: str) -> tuple[str, str, Any]:
+    """What an error's body says, its code, and what a server of ours adds."""
     try:
         body = json.loads(text)
     except json.JSONDecodeError:
-        return "", ""
+        return "", "", None
     error = body.get("error", body) if isinstance(body, Mapping) else body
     if not isinstance(error, Mapping):
-        return str(error)[:_SHOWN], ""
+        return str(error)[:_SHOWN], "", None
     said = error.get("message") or error.get("detail") or ""
     said = said if isinstance(said, str) else json.dumps(said)
     # Where nothing but "Not Found" is said, nothing is said.
-    return ("" if said == "Not Found" else said[:_SHOWN]), str(error.get("code"))
+    return ("" if said == "Not Found" else said[:_SHOWN]), str(error.get("code")), error.get(EXTENSION)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, TypeVar, cast
 
 from autoglm_lab.engine.policy_difference import difference
@@ -21,6 +21,7 @@ from autoglm_lab.policy import MemoryPolicy
 Result = TypeVar("Result")
 FRESH_SECONDS: Final = 0.4
 """How old what a server said may be when it is shown again."""
+_KEPT = 64
 
 
 class Recent:
@@ -46,6 +47,7 @@ class ServerMemory:
 
     def __init__(self, link: Link, recent: Recent) -> None:
         self._link, self._recent = link, recent
+        self._images: dict[tuple[tuple[int, int], int | None], int | None] = {}
 
     def policy(self) -> MemoryPolicy:
         return self._get("policy", MemoryPolicy)
@@ -61,6 +63,16 @@ class ServerMemory:
         told = self._recent.get("capabilities", lambda: self._link.ask("GET", "/v1/memory/capabilities"))
         form = told.get("pages")
         return (None, 0) if form is None else (from_wire(PageFormat, form), int(told.get("page_bytes") or 0))
+
+    def image_tokens(self, size: tuple[int, int]) -> int | None:
+        """Tokens of an image of ``(width, height)`` under the policy as it is; None: not told."""
+        key = (size, self.policy().max_image_tokens)
+        if key not in self._images:
+            told = self._link.look(f"/v1/memory/image-tokens?width={size[0]}&height={size[1]}")
+            if not isinstance(told, Mapping):
+                return None
+            self._images = {**dict(list(self._images.items())[-_KEPT:]), key: told.get("tokens")}
+        return self._images[key]
 
     def ledger(self) -> Ledger:
         return from_wire(Ledger, self._link.ask("GET", "/v1/memory"))

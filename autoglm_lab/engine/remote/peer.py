@@ -14,6 +14,7 @@ from autoglm_lab.engine.wire import from_wire
 from autoglm_lab.errors import EndpointError
 
 _OWNERS = {"vllm": VLLM, "sglang": SGLANG, "llamacpp": LLAMA}
+_TRANSFORMERS_MARK = "/load_model"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,13 @@ def find_peer(link: Link, model: str | None = None) -> Peer:
 
 
 def _models(link: Link) -> list[Mapping[str, Any]]:
-    listed = link.ask("GET", "/v1/models")
+    try:
+        listed = link.ask("GET", "/v1/models")
+    except EndpointError:
+        # transformers serve lists what was fetched from the hub, and fails where nothing ever was.
+        if _TRANSFORMERS_MARK not in _paths(link):
+            raise
+        return []
     models = listed.get("data") if isinstance(listed, Mapping) else None
     if not isinstance(models, list):
         raise EndpointError(f"{link.host} lists no models as OpenAI's API does: is {link.url} the base of one?")
@@ -92,13 +99,17 @@ def _recognised(link: Link, models: list[Mapping[str, Any]]) -> tuple[Dialect, A
     ours = link.look("/v1/memory/capabilities")
     if isinstance(ours, Mapping) and "memory_control" in ours:
         return OURS, ours
-    paths = _mapping(_mapping(link.look("/openapi.json")).get("paths"))
-    for mark, dialect in (("/load_model", TRANSFORMERS), ("/get_server_info", SGLANG), ("/tokenize", VLLM)):
+    paths = _paths(link)
+    for mark, dialect in ((_TRANSFORMERS_MARK, TRANSFORMERS), ("/flush_cache", SGLANG), ("/tokenize", VLLM)):
         if mark in paths:
             return dialect, None
     if "default_generation_settings" in _mapping(link.look("/props")):
         return LLAMA, None
     return OTHER, None
+
+
+def _paths(link: Link) -> Mapping[str, Any]:
+    return _mapping(_mapping(link.look("/openapi.json")).get("paths"))
 
 
 def _modalities(props: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import httpx
@@ -23,6 +23,7 @@ from autoglm_lab.engine.protocol import (
     Usage,
 )
 from autoglm_lab.engine.remote.chat import REASONING, EndpointChat
+from autoglm_lab.engine.remote.history import WireMessage
 from autoglm_lab.engine.remote.link import Link
 from autoglm_lab.engine.remote.thought_tags import ThoughtTags
 from autoglm_lab.engine.wire import EXTENSION, from_wire
@@ -38,21 +39,23 @@ class RemoteTurn:
 
     Args:
         turn: gets the events.
-        chat: asks.
+        chat: asks; None where a turn is asked in another way.
         link: words errors.
 
     Attributes:
+        new: what this turn adds to the dialogue.
         text, reasoning: what came so far.
-        phase: ``prefill`` until the first token, then ``decode``.
+        phase: ``prefill`` until the first token, then ``decode``; ``idle`` while a question is being spoken.
         task: that reads; None before it began.
     """
 
     turn: Turn
-    chat: EndpointChat
+    chat: EndpointChat | None
     link: Link
+    new: list[WireMessage] = field(default_factory=list)
     text: str = ""
     reasoning: str = ""
-    phase: Literal["prefill", "decode"] = "prefill"
+    phase: Literal["idle", "prefill", "decode"] = "prefill"
     task: asyncio.Task[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -70,10 +73,9 @@ class RemoteTurn:
             EndpointError: it could not be asked, or the stream broke off; what came until then stays with the turn.
             LabError: what a server of ours refused.
         """
+        chat = cast("EndpointChat", self.chat)
         try:
-            async with aclosing(
-                cast("AsyncGenerator[Any, None]", self.chat.astream(list(messages), **request))
-            ) as chunks:
+            async with aclosing(cast("AsyncGenerator[Any, None]", chat.astream(list(messages), **request))) as chunks:
                 async for chunk in chunks:
                     self._take(chunk)
                     if self.turn.cancelled:  # Python 3.11's wait_for may swallow the cancellation itself
@@ -156,7 +158,8 @@ class RemoteTurn:
     def _told(self, error: openai.APIError) -> LabError | None:
         """What a server says in the middle of a stream."""
         told = error.body if isinstance(error.body, Mapping) else {}
-        return self.link.named(str(told.get("code")), str(told.get("message")), "the question")
+        code, message, more = str(told.get("code")), str(told.get("message")), told.get(EXTENSION)
+        return self.link.named(code, message, "the question", more)
 
     def _broken(self, error: BaseException | None) -> EndpointError:
         seconds = time.monotonic() - self._began

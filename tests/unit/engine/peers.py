@@ -55,6 +55,7 @@ TRANSFORMERS_FIELDS = {
     "stop",
     "seed",
     "chat_template_kwargs",
+    "generation_config",
 }
 
 

@@ -9,8 +9,16 @@ import pytest
 
 import autoglm_lab as lab
 from autoglm_lab.engine.protocol import MemoryEvent
-from autoglm_lab.errors import ContextLimitError, ConversationError, EndpointError, ModuleError, PolicyError
+from autoglm_lab.errors import (
+    AdmissionError,
+    ContextLimitError,
+    ConversationError,
+    EndpointError,
+    ModuleError,
+    PolicyError,
+)
 from autoglm_lab.serving import serve
+from autoglm_lab.units import MiB
 from autoglm_lab.widgets.dashboard import Dashboard
 from tests.unit.engine import peers
 from tests.unit.widgets.browser import browser_sends, open_view, until
@@ -126,6 +134,61 @@ def test_a_client_without_the_admin_key_can_chat_but_not_change(wb: lab.Workbenc
         with pytest.raises(EndpointError, match=r"refused POST /v1/memory/modules/audio/park: .*the admin key"):
             client.modules["audio"].park()
         assert admin.modules["audio"].park().kind == "parked"
+
+
+# what does not fit
+
+
+def refuse(wb: lab.Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the plan find that no question fits."""
+
+    def check(*_: Any, force: bool, **__: Any) -> None:
+        if not force:
+            raise AdmissionError("prefill", 9 * MiB, 2 * MiB, ["shorten the prompt"])
+
+    monkeypatch.setattr(wb.engine.state.admission, "check", check)
+
+
+def test_what_cannot_fit_is_refused_as_it_would_be_here_and_tried_if_it_must(
+    wb: lab.Workbench, remote: lab.RemoteWorkbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse(wb, monkeypatch)
+    with pytest.raises(AdmissionError) as caught:
+        remote.chat("hello").result(60)
+    error = caught.value
+    assert (error.phase, error.needed, error.had) == ("prefill", 9 * MiB, 2 * MiB)
+    assert error.remedies == ("shorten the prompt",)
+    assert str(error).endswith("What would fit: shorten the prompt. force=True tries it all the same")
+    assert remote.chat("hello", force=True, max_new_tokens=2).result(60).usage.completion_tokens == 2
+    assert remote.conversations[0].turns == 1
+
+
+def test_what_was_refused_is_sent_anyway_from_a_remote_dashboard(
+    wb: lab.Workbench, remote: lab.RemoteWorkbench, shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard = shown(remote)
+    refuse(wb, monkeypatch)
+    browser_sends(dashboard.chat, "send", text="你是谁?", files=[])
+    until(lambda: dashboard.chat.state.get("refused"), "the refusal")
+    assert dashboard.chat.state["can_force"]
+    browser_sends(dashboard.chat, "again")
+    until(lambda: any("AutoGLM" in one["text"] for one in dashboard.chat.messages), "the answer")
+
+
+def test_only_the_admin_may_force(wb: lab.Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(wb, monkeypatch)
+    with (
+        serve(wb, port=0, api_key="client", admin_key="admin") as service,
+        lab.connect(service.url, api_key="client") as client,
+        lab.connect(service.url, api_key="admin") as admin,
+    ):
+        with pytest.raises(EndpointError, match=r"'force' tries what does not fit, .*: send the admin key"):
+            client.chat("hello", force=True).result(60)
+        assert admin.chat("hello", force=True, max_new_tokens=2).result(60).usage.completion_tokens == 2
+
+
+def test_an_image_is_counted_before_it_is_sent(wb: lab.Workbench, remote: lab.RemoteWorkbench, picture: Any) -> None:
+    assert remote.image_tokens(picture) == wb.image_tokens(picture) == remote.image_tokens((320, 480)) == 49
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_no_more_than_a_slice_of_the_weight_is_decoded_at_once(
         return decode(form, packed, first, end, dtype)
 
     monkeypatch.setattr(quantized_products, "SLICE_BYTES", 30 * 64 * 4)
-    monkeypatch.setattr(quantized_products, "_has_kernels", lambda _: False)
+    monkeypatch.setattr(quantized_products, "_has_kernels", lambda *_: False)
     monkeypatch.setattr(WeightFormat, "decode", counted)
     torch.testing.assert_close(layer(given), expected, atol=1e-5, rtol=1e-5)
     assert len(slices) == 4

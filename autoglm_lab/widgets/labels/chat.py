@@ -1,0 +1,76 @@
+"""Words of the chat, in English and Chinese."""
+
+from __future__ import annotations
+
+CHAT: dict[str, tuple[str, str]] = {
+    "title": ("Chat", "对话"),
+    "conversation": ("Conversation", "对话"),
+    "new conversation": ("New conversation", "新对话"),
+    "thinking": ("think first", "先思考"),
+    "thinking hint": ("Let the model think before it answers", "让模型先思考再回答"),
+    "generation": ("settings", "设置"),
+    "generation hint": ("How answers are sampled", "回答的采样方式"),
+    "max_new_tokens": ("most new tokens", "最多新词元"),
+    "temperature": ("temperature (0: greedy)", "温度（0：贪心）"),
+    "top_p": ("top-p", "top-p"),
+    "repetition_penalty": ("repetition penalty", "重复惩罚"),
+    "image": ("image", "图片"),
+    "audio": ("audio", "音频"),
+    "attach image": ("Attach images, {limit} a message at most", "添加图片，每条消息最多 {limit}"),
+    "attach audio": ("Attach audio, {limit} a message at most", "添加音频，每条消息最多 {limit}"),
+    "ask": ("Ask the model…", "向模型提问…"),
+    "send": ("Send", "发送"),
+    "send hint": ("Send (Enter; Shift+Enter makes a new line)", "发送（Enter；Shift+Enter 换行）"),
+    "will not fit": (
+        "The plan: {bytes} missing in {phase} (prompt {context}, images {images}, conversations {conversations})",
+        "预测：{phase}阶段缺少 {bytes}（提示 {context}，图像 {images}，对话 {conversations}）",
+    ),
+    "was refused": (
+        "Refused before it was tried: the plan says that it cannot fit",
+        "未尝试即拒绝：预测显示放不下",
+    ),
+    "send anyway": ("Send anyway", "仍然发送"),
+    "send anyway hint": (
+        "Try it although the plan says that it does not fit; running out of memory harms nothing",
+        "即使预测放不下也尝试；显存不足不会造成损害",
+    ),
+    "try": ("Try", "试试"),
+    "remove": ("Remove {name}", "移除 {name}"),
+    "image tokens": ("{n} tokens", "{n} 个词元"),
+    "not media": ("{name} is neither an image nor audio", "{name} 既不是图片也不是音频"),
+    "too large": (
+        "{name} has {bytes}; the files of a message may have {limit} together",
+        "{name} 大小为 {bytes}；一条消息的文件合计不超过 {limit}",
+    ),
+    "nothing said": (
+        "Ask something, or drop an image or a sound here.",
+        "请提问，或将图片、音频拖到这里。",
+    ),
+    "said elsewhere": (
+        "This conversation was begun in code; what you say here continues it.",
+        "此对话由代码开始；在这里可以继续。",
+    ),
+    "forgotten": (
+        "Dropped: the model does not remember this any more. What you say next begins anew.",
+        "已丢弃：模型不再记得以上内容，接下来将重新开始。",
+    ),
+    "no text": ("(no text)", "（无文本）"),
+    "thinking now": ("thinking…", "思考中…"),
+    "thought for": ("thought for {time}", "思考了 {time}"),
+    "tap here": ("Where the answer taps", "回答点击的位置"),
+    "error": ("Error", "错误"),
+    "first token": ("first token {time}", "首词元 {time}"),
+    "n image": ("{n} image", "{n} 图像"),
+    "n audio": ("{n} audio", "{n} 音频"),
+    "n text": ("{n} text", "{n} 文本"),
+    "tokens in": ("{tokens} tokens, {cached} reused", "{tokens} 词元，复用 {cached}"),
+    "tokens out": ("{n} new", "新 {n}"),
+    "peak": ("peak {bytes}", "峰值 {bytes}"),
+    "took hint": (
+        "{phase}: {work} beyond what stood when it began; the process held {peak} at most",
+        "{phase}：比开始时多用 {work}；进程最多占用 {peak}",
+    ),
+    "finish length": ("stopped at the limit", "到达上限"),
+    "finish cancelled": ("stopped", "已停止"),
+    "finish error": ("failed", "失败"),
+}
