@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoglm_lab.engine.local import check_modules
+from autoglm_lab.engine.parallel.ranks import start_ranks
 from autoglm_lab.errors import LabError, LoadError, PolicyError
 from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
@@ -23,6 +24,7 @@ from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
 from autoglm_lab.models.precision import keep_in, spelled_out
+from autoglm_lab.models.rank_model import take_share
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.progress import visible
@@ -40,6 +42,7 @@ def load(
     dtype: str = "auto",
     quantize: str | Mapping[str, str] | None = None,
     device: str | None = None,
+    tensor_parallel: int = 1,
     seed: int = 0,
     allow: str | Collection[str] = (),
     progress: bool | None = None,
@@ -59,6 +62,8 @@ def load(
             ``"int4"``: of the text, with the head in int8. It goes into the policy (see `ModulePolicy`); weights are
             quantised while they are read. ``"auto"``, with ``policy="auto"``: whatever fits, where nothing exact does.
         device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
+        tensor_parallel: processes that compute every layer together, each with a part of the text: this one on
+            ``device``, the others on the GPUs after it (all on the CPU where there is none).
         seed: of made-up weights.
         allow: what is refused otherwise, by name: ``"pickle"`` (weights that can run any code when they are read),
             ``"remote-code"`` (a model's own Python files).
@@ -76,20 +81,20 @@ def load(
         expand_segments()  # before CUDA starts; where it is too late the workbench says so
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
     accelerator = open_accelerator(device)
-    resolved = resolve(
-        source,
-        weights=weights,
-        dtype=dtype,
-        device=accelerator.device,
-        seed=seed,
-        allow=allow,
-        progress=visible(progress),
-    )
+    asked: dict[str, Any] = {"source": source, "weights": weights, "dtype": dtype, "seed": seed, "allow": allow}
+    resolved = resolve(**asked, device=accelerator.device, progress=visible(progress))
+    share = None if tensor_parallel == 1 else take_share(resolved, tensor_parallel, 0)
     policy = _quantised(policy, quantize, resolved.model)
     choice = _chosen_for(resolved, policy, workload or Workload(), accelerator, rounded=rounded) if auto else None
     policy = policy if choice is None else choice.policy
     keep_in(resolved, policy.precisions())
-    workbench = Workbench(resolved, policy, accelerator=accelerator, progress=progress)
+    ranks = None if share is None else start_ranks(resolved, share, policy, accelerator, asked)
+    try:
+        workbench = Workbench(resolved, policy, accelerator=accelerator, ranks=ranks, progress=progress)
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
     if choice is not None:
         workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
     return workbench

@@ -22,7 +22,7 @@ from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.engine_bench import EngineBench
-from autoglm_lab.errors import EngineClosedError, LabError
+from autoglm_lab.errors import EngineClosedError, LabError, ModuleError
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv.feature_store import FeatureStore
 from autoglm_lab.memory.kv.kv_pool import KvPool
@@ -48,6 +48,7 @@ from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 
 if TYPE_CHECKING:
+    from autoglm_lab.engine.parallel.ranks import Ranks
     from autoglm_lab.training.run import TrainingRun
     from autoglm_lab.training.tuner import Tuner
 
@@ -70,7 +71,13 @@ class Workbench(EngineBench):
     engine: LocalEngine
 
     def __init__(
-        self, resolved: Resolved, policy: MemoryPolicy, *, accelerator: Any, progress: bool | None = False
+        self,
+        resolved: Resolved,
+        policy: MemoryPolicy,
+        *,
+        accelerator: Any,
+        ranks: Ranks | None = None,
+        progress: bool | None = False,
     ) -> None:
         refuse_unfit(resolved.model)
         self.name = resolved.name
@@ -83,16 +90,18 @@ class Workbench(EngineBench):
         started = time.monotonic()
         self.sampler = Sampler(_weakly(self))
         check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
-        residency = Residency(resolved, accelerator, policy=policy, on_event=self.sampler.record)
+        record = self.sampler.record if ranks is None else ranks.moving(self.sampler.record)
+        residency = Residency(resolved, accelerator, policy=policy, on_event=record)
         try:
             accelerator.set_budget(policy.budget)
             residency.materialise(progress=progress)
+            notes = resolved.notes if ranks is None else (*resolved.notes, *ranks.begin(residency))
         except BaseException:
             residency.close()
             raise
         book.register(residency)
         form = PageFormat.of(resolved.config, resolved.dtype, policy.kv.precision)
-        pool = None if form is None else KvPool(form, accelerator, policy.kv.place, residency.pinned)
+        pool = None if form is None else KvPool(form, accelerator, policy.kv.place, residency.pinned, ranks)
         features = FeatureStore()
         state = EngineState(
             model=resolved.model,
@@ -108,6 +117,7 @@ class Workbench(EngineBench):
             pool=pool,
             features=features,
             context_tokens=_context_tokens(resolved.config),
+            ranks=ranks,
         )
         state.admission = Admission(state, resolved.name, resolved.dtype)
         state.prepare_steps()
@@ -116,7 +126,7 @@ class Workbench(EngineBench):
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
-        for note in resolved.notes:
+        for note in notes:
             state.event("note", note)
         if policy.placement.host_bytes and residency.on_host is None:
             state.event("note", "placement", why="nothing is kept on the host beside the device: they are one here")
@@ -171,6 +181,8 @@ class Workbench(EngineBench):
         Raises:
             LabError: the extra ``train`` is not installed.
         """
+        if self.engine.state.ranks is not None:
+            raise LabError("fine-tuning needs the whole model in one process: load it without tensor_parallel")
         if self._tuner is None:
             if importlib.util.find_spec("peft") is None:
                 raise LabError('fine-tuning needs the extra "train": pip install "autoglm-lab[train]"')
@@ -193,6 +205,10 @@ class Workbench(EngineBench):
         return () if self._tuner is None else self._tuner.adapters
 
     # memory
+
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """One for each device that holds a part of the model; the first is `memory`."""
+        return self.engine.ledgers()
 
     def snapshot(self, path: str | Path) -> Path:
         """Write the memory of the device as it is now, for PyTorch's memory viewer (pytorch.org/memory_viz).
@@ -263,6 +279,8 @@ class Workbench(EngineBench):
             ModuleError: a variable outside the model views weights, or a forward pass of another thread runs.
             OutOfMemoryError: a parked module does not fit on the device.
         """
+        if self.engine.state.ranks is not None:
+            raise ModuleError("this process holds a part of the model: load it without tensor_parallel")
         self.engine.detach()
         for hook in self._hooks:
             hook.remove()
@@ -299,6 +317,8 @@ def _let_go(state: EngineState) -> None:
     if state.pool is not None:
         state.pool.close()
     state.residency.close()
+    if state.ranks is not None:
+        state.ranks.close()
     if state.accelerator.budget is not None:
         state.accelerator.set_budget(None)
 

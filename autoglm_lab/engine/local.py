@@ -104,6 +104,11 @@ class LocalEngine:
     def ledger(self) -> Ledger:
         return self._book.read(self._state.phase, self._state.policy.budget)
 
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """One for each device that holds a part of the model, this process's first; see `ledger`."""
+        others = () if self._state.ranks is None else self._state.ranks.ledgers()
+        return (self.ledger(), *others)
+
     def modules(self) -> tuple[ModuleInfo, ...]:
         return tuple(module.info() for module in self._state.residency.values())
 
@@ -454,5 +459,7 @@ def _close(state: EngineState, book: LedgerBook) -> None:
         book.unregister(state.pool)
         state.pool.close()
     state.residency.close()
+    if state.ranks is not None:
+        state.ranks.close()
     if state.accelerator.budget is not None:
         state.accelerator.set_budget(None)

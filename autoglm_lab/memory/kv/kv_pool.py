@@ -10,7 +10,7 @@ import heapq
 import mmap
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import psutil
 import torch
@@ -26,6 +26,18 @@ from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.residency.pinned import PinnedBudget
 
 
+class Mirror(Protocol):
+    """Other processes that keep pages of the same numbers, with other heads of the same tokens."""
+
+    def copied(self, page: int, own: int) -> None:
+        """The contents of ``page`` are in ``own`` too."""
+        ...
+
+    def gave_back(self, chunks: Sequence[int]) -> None:
+        """The memory of these chunks was given back."""
+        ...
+
+
 class KvPool:
     """The pages of one model on one device. Only the engine's thread takes and returns them.
 
@@ -34,6 +46,7 @@ class KvPool:
         place: ``host`` puts the pages of a GPU's model into pinned host memory, which the GPU reads from there; on a
             CPU machine the device is the host.
         pinned: what limits page-locked memory for prefixes that leave the device; None: nothing does.
+        mirror: is told what happens to pages beside the steps; prefixes do not leave the device then.
 
     Attributes:
         store: the pages as tensors.
@@ -46,8 +59,9 @@ class KvPool:
         accelerator: Accelerator,
         place: Literal["device", "host"] = "device",
         pinned: PinnedBudget | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
-        self.form, self._accelerator = form, accelerator
+        self.form, self._accelerator, self._mirror = form, accelerator, mirror
         self._device = accelerator.device
         self.place: Literal["device", "host"] = place if accelerator.kind == "cuda" else "device"
         # Rows of the GPU's memory are read 512 bytes at a time; the kernel gives the host's back in pages of its own.
@@ -60,7 +74,7 @@ class KvPool:
         self._users: dict[int, int] = {}
         self._holders: dict[int, int] = {}
         self._shared = 0  # pages that several hold; counted as they change, since the sampler asks ten times a second
-        second = accelerator.kind == "cuda" and self.place == "device"
+        second = accelerator.kind == "cuda" and self.place == "device" and mirror is None
         host = HostPages(form.nbytes, self._device, pinned) if second else None
         self.prefixes = PrefixStore(self, host, PAGE_TOKENS)
         self._closed = False
@@ -159,6 +173,8 @@ class KvPool:
         """A page of its own with the contents of ``page``. Raises `OutOfMemoryError`."""
         (own,) = self.take(1)
         self.raw(own).copy_(self.raw(page))
+        if self._mirror is not None:
+            self._mirror.copied(page, own)
         return own
 
     def raw(self, page: int) -> Tensor:
@@ -168,14 +184,36 @@ class KvPool:
     def trim(self) -> int:
         """Give the memory of unused pages back to the system. Returns bytes."""
         idle = [chunk for chunk, users in self._users.items() if not users]
-        if idle and self._device.type == "cuda":
+        self.give_back(idle)
+        if idle and self._mirror is not None:
+            self._mirror.gave_back(idle)
+        return len(idle) * self._region.chunk
+
+    def back_all(self, pages: Iterable[int]) -> None:
+        """Back pages that another process has taken, which this one mirrors.
+
+        Raises:
+            OutOfMemoryError, MemoryError: the device or the budget has no room.
+        """
+        missing = sorted({chunk for page in pages for chunk in self._chunks(page)} - self._users.keys())
+        wanted, had = len(missing) * self._region.chunk, self._room() if missing else 0
+        if wanted > had:
+            raise OutOfMemoryError("KV cache", wanted, had)
+        for chunk in missing:
+            self._region.back(chunk)
+            self._users[chunk] = 0
+            self._count(1)
+
+    def give_back(self, chunks: Sequence[int]) -> None:
+        """Give the memory of chunks back that no page in use lies in."""
+        if chunks and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         with self._accelerator.moving():
-            for chunk in idle:
+            here = [chunk for chunk in chunks if chunk in self._users]
+            for chunk in here:
                 self._region.give_back(chunk)
                 del self._users[chunk]
-            self._count(-len(idle))
-        return len(idle) * self._region.chunk
+            self._count(-len(here))
 
     def holdings(self) -> Iterable[Row]:
         shared = self._shared
