@@ -126,6 +126,9 @@ def plan(
     image_size: Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Their size in pixels.")] = "1080x2400",
     audio_seconds: Annotated[float, typer.Option(min=0.0, help="Length of a sound in the prompt.")] = 0.0,
     conversations: Annotated[int, typer.Option(min=1, help="Kept at the same time, each as long.")] = 1,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Weights in int8 or int4; auto, with --policy auto: what fits.")
+    ] = None,
     finetune: Annotated[
         str | None, typer.Option(metavar="METHOD", help="Plan a step of fine-tuning on --context tokens: lora or full.")
     ] = None,
@@ -167,6 +170,7 @@ def plan(
         image_size=(int(size[1]), int(size[2])),
         audio_seconds=audio_seconds,
         conversations=conversations,
+        quantize=quantize,
         finetune=method,
         rank=rank,
     )

@@ -17,6 +17,7 @@
     ├── EndpointError                    an endpoint that is not there, refuses, or breaks off
     ├── OutOfMemoryError                 a phase did not fit: needed, had, and settings that would fit
     │   └── AdmissionError               a request was refused untried, since the plan says that it cannot fit
+    ├── RankError                        another process, which holds a part of the model, failed or is gone
     └── EngineClosedError                the engine was closed
 
 A message says what was asked, what there is, and what to do.
@@ -126,6 +127,10 @@ class AdmissionError(OutOfMemoryError):
             f"had. What would fit: {advice}. force=True tries it all the same"
         )
         self.args = (message,)
+
+
+class RankError(LabError):
+    """Another process, which holds a part of the model, failed in a step, or is gone."""
 
 
 class EngineClosedError(LabError):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from autoglm_lab.engine.parallel.ranks import start_ranks
 from autoglm_lab.engine.policy_change import check_modules
 from autoglm_lab.errors import LabError, LoadError, PolicyError
 from autoglm_lab.memory.accelerator import open_accelerator
@@ -17,11 +18,13 @@ from autoglm_lab.memory.planning.device_constants import plan_device
 from autoglm_lab.memory.planning.plan import Plan
 from autoglm_lab.memory.planning.plan_choice import Choice, choose
 from autoglm_lab.memory.planning.planner import planner
+from autoglm_lab.memory.planning.rounded_outline import outline_in
 from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.loading import Outline, Resolved, adopt, outline, resolve
-from autoglm_lab.models.precision import convert, dtype_of, keep_in, made_in, precisions_of, spelled_out
+from autoglm_lab.models.precision import keep_in, spelled_out
+from autoglm_lab.models.rank_model import take_share
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.progress import visible
@@ -41,6 +44,7 @@ def load(
     quantize: str | Mapping[str, str] | None = None,
     device: str | None = None,
     devices: Devices | None = None,
+    tensor_parallel: int = 1,
     seed: int = 0,
     allow: str | Collection[str] = (),
     progress: bool | None = None,
@@ -58,11 +62,13 @@ def load(
         dtype: ``auto`` (float32 on a CPU, the file's on a GPU), ``float32``, ``bfloat16`` or ``float16``.
         quantize: precision of the weights by module, such as ``{"text": "int4", "head": "int8"}``, or ``"int8"`` or
             ``"int4"``: of the text, with the head in int8. It goes into the policy (see `ModulePolicy`); weights are
-            quantised while they are read.
+            quantised while they are read. ``"auto"``, with ``policy="auto"``: whatever fits, where nothing exact does.
         device: ``cuda:0``, ``cpu`` …; None: the first GPU, else the CPU.
         devices: several GPUs in its place: how many, their names, or a device map as accelerate's. Each gets a run of
             layers with their keys and values, so that the fullest is as empty as it can be with ``workload`` under
             way; a budget holds for each of them.
+        tensor_parallel: processes that compute every layer together, each with a part of the text: this one on
+            ``device``, the others on the GPUs after it (all on the CPU where there is none).
         seed: of made-up weights.
         allow: what is refused otherwise, by name: ``"pickle"`` (weights that can run any code when they are read),
             ``"remote-code"`` (a model's own Python files).
@@ -74,7 +80,7 @@ def load(
         OutOfMemoryError: the weights do not fit, told before they are read, with what would.
         PolicyError: the policy names a module that the model does not have.
     """
-    auto = policy == "auto"
+    auto, rounded = policy == "auto", _may_round(quantize, policy)
     policy = _starting(policy, MemoryPolicy(), budget)
     if policy.reclaim.expandable_segments:
         expand_segments()  # before CUDA starts; where it is too late the workbench says so
@@ -83,25 +89,25 @@ def load(
         raise LabError("device= is for one device and devices= for several: give one of them")
     accelerators = open_devices(devices) if devices is not None else (open_accelerator(device),)
     accelerator = accelerators[0]
-    if auto and len(accelerators) > 1:
-        raise LabError("policy='auto' is chosen for one device: give a MemoryPolicy beside devices=")
-    resolved = resolve(
-        source,
-        weights=weights,
-        dtype=dtype,
-        device=accelerator.device,
-        seed=seed,
-        allow=allow,
-        progress=visible(progress),
-    )
-    precisions = spelled_out(quantize, [spec.name for spec in anatomy(resolved.model)])
-    policy = policy.replace(modules={name: {"precision": one} for name, one in precisions.items()})
-    choice = _chosen_for(resolved, policy, workload or Workload(), accelerator) if auto else None
+    if len(accelerators) > 1 and (auto or tensor_parallel > 1):
+        one = "policy='auto'" if auto else "tensor_parallel="
+        raise LabError(f"{one} and devices= do not go together: leave one of them out")
+    asked: dict[str, Any] = {"source": source, "weights": weights, "dtype": dtype, "seed": seed, "allow": allow}
+    resolved = resolve(**asked, device=accelerator.device, progress=visible(progress))
+    share = None if tensor_parallel == 1 else take_share(resolved, tensor_parallel, 0)
+    policy = _quantised(policy, quantize, resolved.model)
+    choice = _chosen_for(resolved, policy, workload or Workload(), accelerator, rounded=rounded) if auto else None
     policy = policy if choice is None else choice.policy
     keep_in(resolved, policy.precisions())
     device_map = devices if isinstance(devices, Mapping) else None
     spread = spread_over(resolved, accelerators, policy, workload, device_map)
-    workbench = Workbench(resolved, policy, *accelerators, spread=spread, progress=progress)
+    ranks = None if share is None else start_ranks(resolved, share, policy, accelerator, asked)
+    try:
+        workbench = Workbench(resolved, policy, *accelerators, spread=spread, ranks=ranks, progress=progress)
+    except BaseException:
+        if ranks is not None:
+            ranks.close()
+        raise
     if choice is not None:
         workbench.engine.state.event("policy", "chosen", why=choice.why.replace("\n", " "))
     return workbench
@@ -158,6 +164,7 @@ def plan(
     image_size: tuple[int, int] = (1080, 2400),
     audio_seconds: float = 0.0,
     conversations: int = 1,
+    quantize: str | Mapping[str, str] | None = None,
     finetune: Literal["lora", "full"] | None = None,
     tokens: int | None = None,
     rank: int = 16,
@@ -176,6 +183,7 @@ def plan(
         images: in the prompt, each of ``image_size`` (width, height) in pixels.
         audio_seconds: length of one sound in the prompt.
         conversations: kept at the same time, each as long.
+        quantize: precision of the weights, as `load` takes it.
         finetune: plan one step of fine-tuning instead of an answer: ``lora``: adapters on every linear layer of the
             decoder; ``full``: all weights of the text. The rest stands in ``policy.training``.
         tokens: of the longest dialogue to learn; None: ``context``.
@@ -191,6 +199,7 @@ def plan(
     """
     from autoglm_lab.figures.waterfall import waterfall
 
+    rounded = _may_round(quantize, policy)
     try:
         load = None if finetune is None else TrainingLoad(finetune, context if tokens is None else tokens, rank)
         workload = Workload(context, new_tokens, images, image_size, audio_seconds, conversations, load)
@@ -203,8 +212,9 @@ def plan(
     else:
         where = plan_device(device, chosen.budget, None)
     shapes = outline(model, device=where.kind) if not isinstance(model, Workbench) else model.outline()
+    chosen = _quantised(chosen, quantize, shapes.model)
     check_modules(chosen, [spec.name for spec in anatomy(shapes.model)])
-    shapes = _kept_in(shapes, chosen)
+    shapes = outline_in(shapes, chosen.precisions())
     predict = planner(shapes, where)
     if load is not None and policy == "auto":
         raise LabError("policy='auto' is chosen for answers: give finetune= a MemoryPolicy, whose training is 'auto'")
@@ -212,7 +222,7 @@ def plan(
         return replace(predict.plan(chosen, workload), drawer=waterfall)
     if chosen.budget is None and opened is None and where.name == device:
         chosen = chosen.replace(budget=where.total)  # the policy is for that card, wherever it is used
-    return replace(choose(predict, chosen, workload).plan, drawer=waterfall)
+    return replace(choose(predict, chosen, workload, rounded=rounded).plan, drawer=waterfall)
 
 
 def _starting(policy: MemoryPolicy | str | None, default: MemoryPolicy, budget: int | str | None) -> MemoryPolicy:
@@ -222,22 +232,26 @@ def _starting(policy: MemoryPolicy | str | None, default: MemoryPolicy, budget: 
     return given if budget is None else given.replace(budget=budget)
 
 
-def _kept_in(shapes: Outline, policy: MemoryPolicy) -> Outline:
-    """The model with its weights as the policy keeps them."""
-    if precisions_of(shapes.model) == policy.precisions():
-        return shapes
-    model = skeleton(shapes.model.config, made_in(shapes.model))
-    convert(model, policy.precisions())
-    text = next((spec for spec in anatomy(model) if spec.name == "text"), None)
-    return replace(shapes, model=model, dtype=dtype_of(model, text))
+def _may_round(quantize: str | Mapping[str, str] | None, policy: MemoryPolicy | str | None) -> bool:
+    if quantize == "auto" and policy != "auto":
+        raise PolicyError("quantize='auto' is chosen together with the other settings: pass policy='auto' too")
+    return quantize == "auto"
 
 
-def _chosen_for(resolved: Resolved, policy: MemoryPolicy, workload: Workload, accelerator: Any) -> Choice:
+def _quantised(policy: MemoryPolicy, quantize: str | Mapping[str, str] | None, model: PreTrainedModel) -> MemoryPolicy:
+    precisions = spelled_out(None if quantize == "auto" else quantize, [spec.name for spec in anatomy(model)])
+    return policy.replace(modules={name: {"precision": one} for name, one in precisions.items()})
+
+
+def _chosen_for(
+    resolved: Resolved, policy: MemoryPolicy, workload: Workload, accelerator: Any, *, rounded: bool
+) -> Choice:
     shapes = Outline(
         resolved.name, skeleton(resolved.config, resolved.dtype), resolved.dtype, lambda: resolved.processor
     )
-    shapes = _kept_in(shapes, policy)
-    choice = choose(planner(shapes, plan_device(None, policy.budget, accelerator)), policy, workload)
+    shapes = outline_in(shapes, policy.precisions())
+    where = plan_device(None, policy.budget, accelerator)
+    choice = choose(planner(shapes, where), policy, workload, rounded=rounded)
     if not choice.fits:
         raise LoadError(f"{resolved.name}, {workload}: {choice.why}")
     return choice

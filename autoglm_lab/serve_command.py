@@ -51,7 +51,7 @@ def serve(
         str, typer.Option("--as", metavar="FORM", help="vllm: print a command, or files for ray or kubernetes.")
     ] = "command",
     images: Annotated[int, typer.Option(min=0, help="vllm: most images of one request.")] = 4,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="vllm: GPUs that share the model.")] = 1,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Processes with a GPU each that share every layer.")] = 1,
     data_parallel: Annotated[int, typer.Option(min=1, help="vllm: copies of the model.")] = 1,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API has it. Ctrl-C or SIGTERM stops it when its answers have ended."""
@@ -91,10 +91,29 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    with load(
-        model, policy=policy, budget=budget, device=device, devices=devices, dtype=dtype, weights=weights
-    ) as workbench:
-        service = listening(workbench, **given)
+    asked = {"policy": policy, "budget": budget, "device": device, "dtype": dtype, "weights": weights}
+    asked |= {"devices": devices, "tensor_parallel": tensor_parallel}
+    if tensor_parallel > 1:
+        typer.echo(_shares(model, tensor_parallel))
+    with load(model, **asked) as workbench:
+        service, ranks = listening(workbench, **given), workbench.engine.state.ranks
+        if ranks is not None:
+            ranks.on_lost = lambda _: service.stop()
         typer.echo(f"{workbench.name} at {service.url}")
         service.run()
+        if ranks is not None and ranks.lost is not None:
+            raise LabError(f"{ranks.lost}, so the service has stopped, and every other rank")
         typer.echo("stopped")
+
+
+def _shares(model: str, ranks: int) -> str:
+    """What each rank will hold of the weights, before anything is read."""
+    from autoglm_lab.models.loading import outline
+    from autoglm_lab.models.tensor_parallel import shares_nbytes
+    from autoglm_lab.units import format_bytes
+
+    lines = []
+    for rank, share in enumerate(shares_nbytes(outline(model).model, ranks)):
+        parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in share.items())
+        lines.append(f"rank {rank}: {format_bytes(sum(share.values()))} ({parts})")
+    return "\n".join(["weights as the model's files have them:", *lines])

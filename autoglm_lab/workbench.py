@@ -23,7 +23,7 @@ from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.engine_bench import EngineBench
-from autoglm_lab.errors import EngineClosedError, LabError
+from autoglm_lab.errors import EngineClosedError, LabError, ModuleError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
 from autoglm_lab.memory.kv.feature_store import FeatureStore
@@ -51,6 +51,7 @@ from autoglm_lab.models.spread import Spread
 from autoglm_lab.policy import MemoryPolicy
 
 if TYPE_CHECKING:
+    from autoglm_lab.engine.parallel.ranks import Ranks
     from autoglm_lab.training.run import TrainingRun
     from autoglm_lab.training.tuner import Tuner
 
@@ -78,6 +79,7 @@ class Workbench(EngineBench):
         policy: MemoryPolicy,
         *accelerators: Accelerator,
         spread: Spread | None = None,
+        ranks: Ranks | None = None,
         progress: bool | None = False,
     ) -> None:
         accelerator = accelerators[0]
@@ -93,11 +95,13 @@ class Workbench(EngineBench):
         self.samplers = tuple(Sampler(_weakly(self, card)) for card in range(len(accelerators)))
         self.sampler = self.samplers[0]
         check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
-        residency = Residency(resolved, *accelerators, policy=policy, on_event=self.sampler.record, spread=spread)
+        record = self.sampler.record if ranks is None else ranks.moving(self.sampler.record)
+        residency = Residency(resolved, *accelerators, policy=policy, on_event=record, spread=spread)
         try:
             for one in accelerators:
                 one.set_budget(policy.budget)
             residency.materialise(progress=progress)
+            notes = resolved.notes if ranks is None else (*resolved.notes, *ranks.begin(residency))
         except BaseException:
             residency.close()
             raise
@@ -106,7 +110,7 @@ class Workbench(EngineBench):
         pool = None
         if form is not None:
             place, pinned, layers = policy.kv.place, residency.pinned, residency.layers
-            pool = KvPool(form, *accelerators, place=place, pinned=pinned, layers=layers)
+            pool = KvPool(form, *accelerators, place=place, pinned=pinned, mirror=ranks, layers=layers)
         features = FeatureStore()
         state = EngineState(
             model=resolved.model,
@@ -122,6 +126,7 @@ class Workbench(EngineBench):
             pool=pool,
             features=features,
             context_tokens=_context_tokens(resolved.config),
+            ranks=ranks,
         )
         if spread is None:  # a plan is of one device
             state.admission = Admission(state, resolved.name, resolved.dtype)
@@ -131,7 +136,7 @@ class Workbench(EngineBench):
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
-        for subject, why in _notes(resolved, state, spread):
+        for subject, why in (*((note, "") for note in notes), *_notes(resolved, state, spread)):
             state.event("note", subject, why=why)
         for sampler in self.samplers:
             sampler.start()
@@ -177,6 +182,8 @@ class Workbench(EngineBench):
         Raises:
             LabError: the extra ``train`` is not installed.
         """
+        if self.engine.state.ranks is not None:
+            raise LabError("fine-tuning needs the whole model in one process: load it without tensor_parallel")
         if self._tuner is None:
             if importlib.util.find_spec("peft") is None:
                 raise LabError('fine-tuning needs the extra "train": pip install "autoglm-lab[train]"')
@@ -199,6 +206,10 @@ class Workbench(EngineBench):
         return () if self._tuner is None else self._tuner.adapters
 
     # memory
+
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """One for each device that holds a part of the model; the first is `memory`."""
+        return self.engine.ledgers()
 
     def snapshot(self, path: str | Path) -> Path:
         """Write the memory of the device as it is now, for PyTorch's memory viewer (pytorch.org/memory_viz).
@@ -269,6 +280,8 @@ class Workbench(EngineBench):
             ModuleError: a variable outside the model views weights, or a forward pass of another thread runs.
             OutOfMemoryError: a parked module does not fit on the device.
         """
+        if self.engine.state.ranks is not None:
+            raise ModuleError("this process holds a part of the model: load it without tensor_parallel")
         self.engine.detach()
         for hook in self._hooks:
             hook.remove()
@@ -280,7 +293,6 @@ class Workbench(EngineBench):
 def _notes(resolved: Resolved, state: EngineState, spread: Spread | None) -> Iterator[tuple[str, str]]:
     """What of the policy holds otherwise here, or not: subjects and sentences."""
     policy = state.policy
-    yield from ((note, "") for note in resolved.notes)
     if spread is not None:
         yield "placement", f"{spread}. Turns are tried without a plan: it is of one device"
     if policy.placement.host_bytes and state.residency.on_host is None:
@@ -325,6 +337,8 @@ def _let_go(state: EngineState) -> None:
     if state.pool is not None:
         state.pool.close()
     state.residency.close()
+    if state.ranks is not None:
+        state.ranks.close()
     state.set_budget(None)
 
 

@@ -29,6 +29,15 @@ class LeanForward:
         self._norms = rms_norms(model) if device.type == "cuda" and _has_triton() else []
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
 
+    @property
+    def tried(self) -> bool:
+        """Whether it is known what may stand in."""
+        return self._forwards is not None
+
+    def forget(self) -> None:
+        """Try again at the next use: what was tried may have failed for another reason."""
+        self._forwards = None
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Let the modules compute the lean way."""

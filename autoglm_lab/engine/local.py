@@ -102,8 +102,9 @@ class LocalEngine:
         return self._book.read(self._state.phase, self._state.policy.budget, card)
 
     def ledgers(self) -> tuple[Ledger, ...]:
-        """One for each device."""
-        return tuple(self.ledger(card) for card in range(self._book.cards))
+        """One for each device that holds a part of the model, this process's first; see `ledger`."""
+        others = () if self._state.ranks is None else self._state.ranks.ledgers()
+        return (*(self.ledger(card) for card in range(self._book.cards)), *others)
 
     def modules(self) -> tuple[ModuleInfo, ...]:
         return tuple(module.info() for module in self._state.residency.values())
@@ -392,4 +393,6 @@ def _close(state: EngineState, book: LedgerBook) -> None:
         book.unregister(state.pool)
         state.pool.close()
     state.residency.close()
+    if state.ranks is not None:
+        state.ranks.close()
     state.set_budget(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from autoglm_lab.engine.parallel.limits import refuse_apart
 from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import PolicyError
@@ -40,7 +41,11 @@ class PolicyChange:
                 f"placement.host_bytes is {was} since this model was loaded: load it again with "
                 f"policy.replace(placement={{'host_bytes': {now!r}}})"
             )
+        if state.ranks is not None:
+            refuse_apart(policy, before)
         self._keep_what_fits(policy, before)
+        if state.ranks is not None and policy.budget != before.budget:
+            state.ranks.set_budget(policy.budget)
         segments = policy.reclaim.expandable_segments and not before.reclaim.expandable_segments
         late = expand_segments(state.accelerator.kind) if segments else ""
         if late:

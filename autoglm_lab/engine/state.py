@@ -27,6 +27,7 @@ from autoglm_lab.policy import MemoryPolicy
 
 if TYPE_CHECKING:
     from autoglm_lab.engine.admission import Admission
+    from autoglm_lab.engine.parallel.ranks import Ranks
 
 
 @dataclass
@@ -43,6 +44,7 @@ class EngineState:
         in_use: the modules that the step under way needs.
         tokens_per_second: decoding speed of the last turn that decoded.
         admission: says before a turn whether it fits; None: every turn is tried.
+        ranks: other processes that hold parts of the model; None: there are none.
         meanwhile: called again and again while the device computes and the engine's thread would only wait.
     """
 
@@ -64,6 +66,7 @@ class EngineState:
     in_use: frozenset[str] = frozenset()
     tokens_per_second: float | None = None
     admission: Admission | None = None
+    ranks: Ranks | None = None
     meanwhile: Callable[[], None] = lambda: None
 
     @property
@@ -128,8 +131,8 @@ class EngineState:
         if old.graphs is not None:
             old.graphs.clear()
         graphs = None
-        together = self.pool is not None and len(self.pool.shares) == 1
-        if self.pool is not None and together and self.accelerator.kind == "cuda" and self.policy.kv.graphs:
+        alone = self.ranks is None and self.pool is not None and len(self.pool.shares) == 1
+        if self.pool is not None and alone and self.accelerator.kind == "cuda" and self.policy.kv.graphs:
             graphs = DecodeGraphs(
                 self.model,
                 self.pool,
@@ -142,7 +145,11 @@ class EngineState:
                 warm_up=self.accelerator.warm_up,
             )
         self.stepper = Stepper(
-            self.model, encoder=old.encoder, graphs=graphs, told=lambda text: self._note("prompts", text)
+            self.model,
+            encoder=old.encoder,
+            graphs=graphs,
+            ranks=self.ranks,
+            told=lambda text: self._note("prompts", text),
         )
 
     def limit_stores(self) -> None:
@@ -182,6 +189,8 @@ class EngineState:
     def reclaim(self, why: str) -> Event:
         """Give unused memory back to the system, KV pages too; recorded."""
         start, trimmed = time.perf_counter(), self.pool.trim() if self.pool is not None else 0
+        if self.ranks is not None:
+            self.ranks.reclaim()
         event = self.reclaimer.reclaim(why, clear_traceback=self.policy.reclaim.traceback)
         seconds, nbytes = time.perf_counter() - start, (event.nbytes or 0) + trimmed
         return self.event_of(replace(event, nbytes=nbytes, seconds=seconds))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
 from autoglm_lab.memory.kv.paged_cache import PagedCache
 from autoglm_lab.schedule import prefill_chunks
 
+if TYPE_CHECKING:
+    from autoglm_lab.engine.parallel.ranks import Ranks
+
 _NO_LIMIT = 1 << 60
 
 
@@ -37,6 +40,7 @@ class Stepper:
     Args:
         encoder: runs the encoders apart from the decoder; None: one that keeps nothing.
         graphs: decodes through captured graphs where they are given and fit.
+        ranks: other processes that compute every step with this one; None: there are none.
         told: called with a sentence where the model cannot do what the policy asks.
     """
 
@@ -46,9 +50,10 @@ class Stepper:
         *,
         encoder: Encoder | None = None,
         graphs: DecodeGraphs | None = None,
+        ranks: Ranks | None = None,
         told: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._model, self.graphs = model, graphs
+        self._model, self.graphs, self._ranks = model, graphs, ranks
         self.encoder = Encoder(model) if encoder is None else encoder
         self._positions = Positions(model)
         self._lean = LeanForward(model)
@@ -233,14 +238,25 @@ class Stepper:
             self._model.device
         )
 
+    @torch.no_grad()
+    def replay(self, sequences: Sequence[PagedSequence], new: int, arguments: dict[str, Any]) -> None:
+        """Compute a step that another rank leads; its logits are that rank's to use.
+
+        Args:
+            sequences: with the pages for the ``new`` tokens that each of them reads.
+            arguments: of the model.
+        """
+        self._forward(PagedCache(sequences, new, gathers=not self._configs), **arguments)
+
     def _forward(self, cache: Cache, **arguments: Any) -> Tensor:
         """Logits ``[batch, vocab]`` after the last token of each row, float32."""
         if "logits_to_keep" in self._accepted:
             arguments["logits_to_keep"] = 1
         ours = isinstance(cache, PagedCache) and self._configs
         over_pages = paged(self._configs, cache) if ours else contextlib.nullcontext()  # type: ignore[arg-type]
+        together = contextlib.nullcontext() if self._ranks is None else self._ranks.step(cache, arguments, self._lean)
         # On several devices each part of the model makes its own the current one; afterwards it is this one again.
-        with over_pages, self._lean.active(), torch.cuda.device_of(self._here):
+        with together, over_pages, self._lean.active(), torch.cuda.device_of(self._here):
             given: dict[str, Any] = {self._cache_name: cache, "use_cache": True, **arguments}
             logits: Tensor = self._model(**given).logits
         self.encoder.check_used(arguments)

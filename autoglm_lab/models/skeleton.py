@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from autoglm_lab.errors import LoadError
+from autoglm_lab.models.tensor_parallel import marked, narrow, share_of
 
 _AUTO = (
     "AutoModelForMultimodalLM",
@@ -53,7 +54,8 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of ``config`` with parameters on the meta device and every buffer real, on the CPU.
 
     Buffers get the values that ``from_pretrained`` gives them: computed ones by the model's own initialisation.
-    Parameters that a model insists to keep in float32 keep it. The configuration is copied.
+    Parameters that a model insists to keep in float32 keep it. The configuration is copied; one that is marked as a
+    rank's (`tensor_parallel.mark`) gives that rank's model.
     """
     cls = model_class(config)
     with torch.device("meta"), _safe_creation():
@@ -67,6 +69,9 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             if buffer.is_meta:
                 setattr(module, name, torch.zeros_like(buffer, device="cpu"))
     model.initialize_weights()
+    rank = marked(config)
+    if rank is not None:
+        narrow(model, share_of(model, *rank))
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -44,6 +44,23 @@ class HeldTensor:
 
 
 @dataclass(frozen=True)
+class CutTensor:
+    """A part of a tensor: what one of several ranks holds of it.
+
+    Attributes:
+        source: of the whole.
+        shape: of the whole.
+        rows: spans ``(first, end)`` of its first dimension.
+        columns: the span of its last one; None: all of it.
+    """
+
+    source: FileTensor | DummyTensor | HeldTensor
+    shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
 class PackedTensor:
     """A weight that is quantised, or pruned, while it comes.
 
@@ -55,10 +72,10 @@ class PackedTensor:
 
     name: str
     form: WeightFormat | SparseFormat
-    source: FileTensor | DummyTensor | HeldTensor
+    source: FileTensor | DummyTensor | HeldTensor | CutTensor
 
 
-Source = FileTensor | DummyTensor | HeldTensor | PackedTensor
+Source = FileTensor | DummyTensor | HeldTensor | CutTensor | PackedTensor
 
 
 def dummy_sources(model: PreTrainedModel, config: PreTrainedConfig, seed: int) -> dict[str, Source]:

@@ -69,10 +69,13 @@ class PlanRequest(BaseModel):
 
 @router.get("")
 async def ledger(request: Request) -> dict[str, Any]:
-    """Who owns which bytes of the device now, what the engine is doing, and how fast it decodes."""
+    """Who owns which bytes of the device now, what the engine is doing, and how fast it decodes.
+
+    ``devices`` has the ledger of every device that holds a part of the model, this one's first.
+    """
     service = service_of(request)
-    read: dict[str, Any] = to_wire(await asyncio.to_thread(service.engine.ledger))
-    return read | {"tokens_per_second": service.engine.tokens_per_second}
+    devices: list[dict[str, Any]] = to_wire(await asyncio.to_thread(service.engine.ledgers))
+    return devices[0] | {"tokens_per_second": service.engine.tokens_per_second, "devices": devices}
 
 
 @router.get("/capabilities")

@@ -21,6 +21,7 @@ from autoglm_lab.errors import (
     ModuleOffError,
     OutOfMemoryError,
     PolicyError,
+    RankError,
 )
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -36,6 +37,7 @@ _STATUS: tuple[tuple[type[LabError], int, str], ...] = (
     (ConversationError, 409, "conversation"),
     (EngineClosedError, 503, "closed"),
     (PolicyError, 400, "invalid_setting"),
+    (RankError, 503, "rank_failed"),
 )
 
 

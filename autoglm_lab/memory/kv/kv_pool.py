@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,6 +23,18 @@ from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.residency.pinned import PinnedBudget
 
 
+class Mirror(Protocol):
+    """Other processes that keep pages of the same numbers, with other heads of the same tokens."""
+
+    def copied(self, page: int, own: int) -> None:
+        """The contents of ``page`` are in ``own`` too."""
+        ...
+
+    def gave_back(self, chunks: Sequence[int]) -> None:
+        """The memory of these chunks was given back."""
+        ...
+
+
 class KvPool:
     """The pages of one model. Only the engine's thread takes and returns them.
 
@@ -32,6 +45,7 @@ class KvPool:
             CPU machine the device is the host.
         pinned: what limits page-locked memory for prefixes that leave the device; None: nothing does.
         layers: of each layer, the number of its device; empty: all lie on the first.
+        mirror: is told what happens to pages beside the steps; prefixes do not leave the device then.
 
     Attributes:
         shares: what each device holds of the pages.
@@ -44,9 +58,11 @@ class KvPool:
         *accelerators: Accelerator,
         place: Place = "device",
         pinned: PinnedBudget | None = None,
+        mirror: Mirror | None = None,
         layers: Sequence[int] = (),
     ) -> None:
-        self.form, self._accelerators, self._pinned, self._layers = form, accelerators, pinned, tuple(layers)
+        self.form, self._accelerators, self._layers = form, accelerators, tuple(layers)
+        self._pinned, self._mirror = pinned, mirror
         self.shares, self._at = shares_of(form, accelerators, layers, place)
         first = self.shares[0]
         self.place = first.place
@@ -57,14 +73,16 @@ class KvPool:
         self._holders: dict[int, int] = {}
         self._shared = 0  # pages that several hold; counted as they change, since the sampler asks ten times a second
         # What leaves the device goes to the host in one piece, so pages of several devices do not.
-        second = first.accelerator.kind == "cuda" and self.place == "device" and len(self.shares) == 1
+        alone = len(self.shares) == 1 and mirror is None
+        second = first.accelerator.kind == "cuda" and self.place == "device" and alone
         host = HostPages(form.nbytes, first.device, pinned) if second else None
         self.prefixes = PrefixStore(self, host, PAGE_TOKENS)
         self._closed = False
 
     def like(self, form: PageFormat, place: Place) -> KvPool:
         """An empty pool for the same model with pages of another kind."""
-        return KvPool(form, *self._accelerators, place=place, pinned=self._pinned, layers=self._layers)
+        pinned, mirror, layers = self._pinned, self._mirror, self._layers
+        return KvPool(form, *self._accelerators, place=place, pinned=pinned, mirror=mirror, layers=layers)
 
     @property
     def store(self) -> PageStore:
@@ -183,6 +201,8 @@ class KvPool:
         (own,) = self.take(1)
         for share in self.shares:
             share.raw(own).copy_(share.raw(page))
+        if self._mirror is not None:
+            self._mirror.copied(page, own)
         return own
 
     def raw(self, page: int) -> Tensor:
@@ -191,7 +211,23 @@ class KvPool:
 
     def trim(self) -> int:
         """Give the memory of unused pages back to the system. Returns bytes."""
-        return sum(share.trim() for share in self.shares)
+        given = 0
+        for share in self.shares:
+            idle = share.idle()
+            given += share.give_back(idle)
+            if idle and self._mirror is not None:
+                self._mirror.gave_back(idle)
+        return given
+
+    def back_all(self, pages: Iterable[int]) -> None:
+        """Back pages that another process has taken, which this one mirrors. Raises as `PageShare.back_all`."""
+        for share in self.shares:
+            share.back_all(pages)
+
+    def give_back(self, chunks: Sequence[int]) -> None:
+        """Give the memory of chunks back that no page in use lies in."""
+        for share in self.shares:
+            share.give_back(chunks)
 
     def holdings(self) -> Iterable[Row]:
         shared = self._shared

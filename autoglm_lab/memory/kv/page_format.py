@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from autoglm_lab.models.tensor_parallel import local_kv_heads
+
 PAGE_TOKENS = 16
 Precision = Literal["model", "int8", "int4"]
 _GROUP = 32
@@ -53,7 +55,7 @@ class PageFormat:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
             return None
-        return cls(text.num_hidden_layers, kv_heads, head_dim, dtype).at(precision)
+        return cls(text.num_hidden_layers, local_kv_heads(config, kv_heads), head_dim, dtype).at(precision)
 
     def at(self, precision: Precision) -> PageFormat:
         """The same keys and values in another precision; int4 needs an even ``head_dim``, else int8 it is."""

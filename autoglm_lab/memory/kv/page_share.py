@@ -11,6 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from autoglm_lab.errors import OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.kv.page_format import PageFormat, PageStore
 from autoglm_lab.memory.kv.page_region import CudaPageRegion, HostPageRegion, PageRegion, PinnedPageRegion
@@ -60,8 +61,10 @@ class PageShare:
 
     def room(self, used: int) -> int:
         """Bytes that further pages may take, with ``used`` pages in use."""
-        free = self.accelerator.headroom() if self.place == "device" else psutil.virtual_memory().available
-        return free + max(0, self.backed - used * self.stride)
+        return self._free() + max(0, self.backed - used * self.stride)
+
+    def _free(self) -> int:
+        return self.accelerator.headroom() if self.place == "device" else psutil.virtual_memory().available
 
     def back(self, page: int) -> None:
         """Put memory behind a page. Raises `MemoryError` where there is none; nothing was taken then."""
@@ -80,22 +83,41 @@ class PageShare:
             raise
 
     def release(self, pages: Iterable[int]) -> None:
-        """Pages are not used any more: their memory goes with the next `trim`."""
+        """Pages are not used any more: their memory goes with the next `give_back`."""
         for page in pages:
             for chunk in self._chunks(page):
                 self._users[chunk] -= 1
 
-    def trim(self) -> int:
-        """Give the memory of unused pages back to the system. Returns bytes."""
-        idle = [chunk for chunk, users in self._users.items() if not users]
-        if idle and self.device.type == "cuda":
+    def idle(self) -> list[int]:
+        """Chunks of memory that no page in use lies in."""
+        return [chunk for chunk, users in self._users.items() if not users]
+
+    def give_back(self, chunks: Sequence[int]) -> int:
+        """Give the memory of idle chunks back to the system. Returns bytes."""
+        here = [chunk for chunk in chunks if chunk in self._users]
+        if here and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         with self.accelerator.moving():
-            for chunk in idle:
+            for chunk in here:
                 self._region.give_back(chunk)
                 del self._users[chunk]
-            self._count(-len(idle))
-        return len(idle) * self._region.chunk
+            self._count(-len(here))
+        return len(here) * self._region.chunk
+
+    def back_all(self, pages: Iterable[int]) -> None:
+        """Put memory behind pages without counting their use, which another process does.
+
+        Raises:
+            OutOfMemoryError, MemoryError: the device or the budget has no room.
+        """
+        missing = sorted({chunk for page in pages for chunk in self._chunks(page)} - self._users.keys())
+        wanted, had = len(missing) * self._region.chunk, self._free() if missing else 0
+        if wanted > had:
+            raise OutOfMemoryError("KV cache", wanted, had)
+        for chunk in missing:
+            self._region.back(chunk)
+            self._users[chunk] = 0
+            self._count(1)
 
     def close(self) -> None:
         """Give everything back."""

@@ -2,20 +2,22 @@
 
 Every combination of the settings that cost something is put in an order, and the first that fits is taken:
 
-1. quality: the whole workload kept before a part of it; then keys and values as the model computes them before int8
-   before int4;
+1. quality: the whole workload kept before a part of it; then keys and values (and weights, where they may be rounded:
+   ``quantize="auto"``) as the model has them before those that change its answers least, as measured;
 2. speed: a smaller chunk of the prompt costs least, then an encoder on demand that the workload does not need, then one
    that it needs, then keys and values on the host, and most of all layers on the host: as few as it takes;
 3. headroom: what is left goes to the conversations, as the most tokens that each may grow to.
+
+So layers on the host, which are exact, come before rounded weights, which are faster: the choice says which would do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
+from autoglm_lab.memory.planning.choice_options import Option, Way, frugal, kinds, qualities
 from autoglm_lab.memory.planning.plan import Plan
 from autoglm_lab.memory.planning.plan_search import host_bytes
 from autoglm_lab.memory.planning.planner import Planner
@@ -27,9 +29,6 @@ from autoglm_lab.units import format_bytes
 SPARE = 0.01
 """Share of the limit that a choice leaves free: as much as a plan may be under what is measured."""
 
-_LEAST_KEPT = 1024
-_CHUNKS = (1024, 512, 256)
-_PRECISIONS = ("model", "int8", "int4")
 # No model takes more; a plan cuts it to what this one takes.
 _MOST_TOKENS = 1 << 22
 _STEP = 256
@@ -57,107 +56,121 @@ class Choice:
         return _fits(self.plan)
 
 
-@dataclass(frozen=True)
-class _Option:
-    """One value of a setting.
-
-    Attributes:
-        slower: how much it slows down; the sum of a combination decides, so one of a later kind outweighs all before.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    written: str = ""
-    costs: str = ""
-    slower: int = 0
-
-
-_Way = tuple[_Option, ...]
-
-
-def choose(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Choice:
+def choose(planner: Planner, policy: MemoryPolicy, workload: Workload, *, rounded: bool = False) -> Choice:
     """The best policy for ``workload`` under the limit of ``policy`` and the device.
 
     Args:
         planner: of the model and the device.
         policy: its budget is the limit, and what is not searched (generation, reclaim …) stays as it is there.
+        rounded: weights may be kept in fewer bits where nothing else fits.
     """
-    plain = planner.plan(policy, workload, search=False)
-    kinds = _kinds(planner, policy, workload)
-    ways = sorted(product(*kinds), key=lambda way: sum(option.slower for option in way))
-    frugal, qualities = _frugal(kinds), list(_qualities(planner, policy, workload))
-
-    everything = _everything(planner, policy)
-
-    def least(qualities: Iterable[_Option], workload: Workload) -> Plan:
-        plans = [_of(planner, policy, (quality, *way, everything), workload) for quality in qualities for way in frugal]
-        return min(plans, key=_leanness)
-
-    if not _fits(least(qualities[-len(_PRECISIONS) :], workload)):
-        leanest = min((least([quality], workload) for quality in qualities), key=_leanness)
-        smaller = (told for told, less in _smaller(workload) if _fits(least(qualities[:1], less)))
-        return _none(leanest, next(smaller, None))
-    for quality in qualities:
-        if not _fits(least([quality], workload)):
-            continue
-        for way in ways:
-            plan = _of(planner, policy, (quality, *way), workload)
-            if _fits(plan):
-                return _chosen(planner, plan, (quality, *way), plain)
-        found = _with_layers_on_host(planner, policy, workload, quality, frugal)
-        if found is not None:
-            return _chosen(planner, *found, plain, _faster(planner, policy, workload, quality, frugal))
-    raise AssertionError("the leanest policy fits and is one of those that were tried")
+    return _Search(planner, policy, workload, rounded=rounded).best()
 
 
-def _everything(planner: Planner, policy: MemoryPolicy) -> _Option:
+class _Search:
+    """The combinations of one choice, and what they need."""
+
+    def __init__(self, planner: Planner, policy: MemoryPolicy, workload: Workload, *, rounded: bool) -> None:
+        self.planner, self.policy, self.workload, self.rounded = planner, policy, workload, rounded
+        speeds = kinds(planner, policy, workload)
+        self.ways = sorted(product(*speeds), key=lambda way: sum(option.slower for option in way))
+        self.lean = [(*way, _everything(planner, policy)) for way in frugal(speeds)]
+        self.losses = qualities(planner, policy, workload, rounded=rounded)
+
+    def best(self) -> Choice:
+        planner, policy, workload = self.planner, self.policy, self.workload
+        plain = planner.plan(policy, workload, search=False)
+        if self.hopeless(self.losses[-1]):
+            return self.none()
+        for quality in (one for window in self.losses for one in window):
+            if self.hopeless([quality]):
+                continue
+            for way in self.ways:
+                plan = _of(planner, policy, (*quality, *way), workload)
+                if _fits(plan):
+                    return _chosen(planner, plan, (*quality, *way), plain)
+            found = _with_layers_on_host(planner, policy, workload, quality, self.lean)
+            if found is not None:
+                return _chosen(planner, *found, plain, _faster(planner, policy, workload, quality, self.lean))
+        return self.none()
+
+    def none(self) -> Choice:
+        """What is told where nothing fits."""
+        every = [quality for window in self.losses for quality in window]
+        leanest = min(self.plans(every), key=_missing)
+        if _missing(leanest) <= 0:  # the host has no room for all of that
+            leanest = min(self.plans(every, on_host=False), key=_missing)
+        instead = [told for told, less in _smaller(self.workload) if self.could_fit(self.losses[0][:1], less)]
+        if not self.rounded:
+            found = qualities(self.planner, self.policy, self.workload, rounded=True)
+            if self.could_fit(found[0], self.workload):
+                instead.insert(0, "rounded weights, quantize='auto' (lossy)")
+        exact = self.planner.kept_in(leanest.policy.precisions())
+        return _none(exact.plan(leanest.policy, self.workload, search=False), next(iter(instead), None))
+
+    def hopeless(self, among: Iterable[Way]) -> bool:
+        """Whether the device is too small for all of them, whatever the host holds."""
+        return all(_missing(plan) > 0 for plan in self.plans(among))
+
+    def could_fit(self, among: Iterable[Way], workload: Workload) -> bool:
+        """Whether one of them fits, as far as plans tell that trace no rounded layers."""
+        return any(_fits(plan) for on_host in (True, False) for plan in self.plans(among, workload, on_host=on_host))
+
+    def plans(self, among: Iterable[Way], workload: Workload | None = None, *, on_host: bool = True) -> list[Plan]:
+        """The leanest ways of some qualities, with all layers on the host or none."""
+        found = ((*quality, *(way if on_host else way[:-1])) for quality in among for way in self.lean)
+        work = workload or self.workload
+        return [self.planner.plan(_under(self.policy, way), work, search=False) for way in found]
+
+
+def _everything(planner: Planner, policy: MemoryPolicy) -> Option:
     """All of the layers on the host."""
     if planner.device.kind == "cpu":
-        return _Option()
-    return _Option({"placement": {"host_bytes": max(policy.placement.host_bytes, _ALL)}})
+        return Option()
+    return Option({"placement": {"host_bytes": max(policy.placement.host_bytes, _ALL)}})
 
 
 def _with_layers_on_host(
-    planner: Planner, policy: MemoryPolicy, workload: Workload, quality: _Option, frugal: Sequence[_Way]
-) -> tuple[Plan, _Way] | None:
+    planner: Planner, policy: MemoryPolicy, workload: Workload, quality: Way, lean: Sequence[Way]
+) -> tuple[Plan, Way] | None:
     """The combination with which the fewest bytes pass the bus for every token; None: none fits.
 
     Keys and values stay where they are: on the host they would pass the bus as well.
     """
-    found: list[tuple[int, Plan, _Way]] = []
-    for one in frugal:
-        way = tuple(option for option in one if "place" not in option.settings.get("kv", {}))
-        tried = policy
-        for option in (quality, *way):
-            tried = tried.replace(**option.settings)
-        asked = host_bytes(planner, tried, workload, spare=SPARE)
+    found: list[tuple[int, Plan, Way]] = []
+    for one in lean:
+        way = (*quality, *(option for option in one[:-1] if "place" not in option.settings.get("kv", {})))
+        tried = _under(policy, way)
+        exact = planner.kept_in(tried.precisions())
+        asked = host_bytes(exact, tried, workload, spare=SPARE)
         if asked is None:
             continue
-        plan = planner.plan(tried.replace(placement={"host_bytes": asked}), workload, search=False)
+        plan = exact.plan(tried.replace(placement={"host_bytes": asked}), workload, search=False)
         written, passing = f"placement.host_bytes={format_bytes(asked)}", planner.passing(plan.policy)
         costs = f"{format_bytes(passing)} of the layers come from the host for every token, which is slow"
-        found.append((passing, plan, (quality, *way, _Option({"placement": {}}, written, costs))))
+        found.append((passing, plan, (*way, Option({"placement": {}}, written, costs))))
     if not found:
         return None
     _, plan, chosen = min(found, key=lambda one: one[0])
     return plan, chosen
 
 
-def _faster(
-    planner: Planner, policy: MemoryPolicy, workload: Workload, quality: _Option, frugal: Sequence[_Way]
-) -> str:
+def _faster(planner: Planner, policy: MemoryPolicy, workload: Workload, quality: Way, lean: Sequence[Way]) -> str:
     """What would do without layers on the host, for who takes rounded weights."""
-    for name, precisions in MIXED.items():
-        modules = {module: {"precision": one} for module, one in precisions.items() if module in planner.modules}
+    for name in ("int8", "int4"):
+        modules = {module: {"precision": one} for module, one in MIXED[name].items() if module in planner.modules}
         rounded = policy.replace(modules=modules)
-        if not planner.can_keep(rounded):
+        if policy.precisions() or not planner.can_keep(rounded):
             continue
-        if any(_fits(_of(planner, rounded, (quality, *way), workload)) for way in frugal):
+        policies = (_under(rounded, (*quality, *way[:-1])) for way in lean)
+        if any(_fits(planner.plan(one, workload, search=False)) for one in policies):
             return f" Faster, but lossy: quantize={name!r} needs no layers on the host."
     return ""
 
 
-def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Plan, faster: str = "") -> Choice:
+def _chosen(planner: Planner, plan: Plan, options: Iterable[Option], plain: Plan, faster: str = "") -> Choice:
     used = [option for option in options if option.settings]
+    planner = planner.kept_in(plan.policy.precisions())
     bound = _bound(planner, plan)
     if bound is not None:
         plan = planner.plan(plan.policy.replace(kv={"max_tokens": bound}), plan.workload, search=False)
@@ -180,8 +193,10 @@ def _chosen(planner: Planner, plan: Plan, options: Iterable[_Option], plain: Pla
 
 def _none(leanest: Plan, smaller: str | None) -> Choice:
     largest = leanest.largest
+    short = leanest.host_limit is not None and not leanest.policy.placement.host_bytes
+    on_host = "" if not short else ", and the host has no room for layers"
     first = (
-        f"No policy fits {format_bytes(leanest.limit)} with {SPARE:.0%} to spare: the leanest needs "
+        f"No policy fits {format_bytes(leanest.limit)} with {SPARE:.0%} to spare{on_host}: the leanest needs "
         f"{format_bytes(largest.needed)} in {largest.name}, {format_bytes(largest.of_kind('weights'))} of it weights; "
         f"{format_bytes(_missing(leanest))} are missing."
     )
@@ -201,70 +216,23 @@ def _fits(plan: Plan) -> bool:
     return _missing(plan) <= 0 and not plan.host_missing
 
 
-def _leanness(plan: Plan) -> tuple[int, int]:
-    return plan.host_missing, plan.largest.needed
-
-
 def _missing(plan: Plan) -> int:
     return plan.largest.needed - round(plan.limit * (1 - SPARE))
 
 
-def _of(planner: Planner, policy: MemoryPolicy, way: _Way, workload: Workload) -> Plan:
+def _under(policy: MemoryPolicy, way: Way) -> MemoryPolicy:
     for option in way:
         if option.settings:
             policy = policy.replace(**option.settings)
-    return planner.plan(policy, workload, search=False)
+    return policy
 
 
-def _qualities(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[_Option]:
-    """Best first: all that the workload keeps, then half of it, a quarter …, each in every precision."""
-    precisions = _PRECISIONS[_PRECISIONS.index(policy.kv.precision) :]
-    kept = workload.context + workload.new_tokens
-    allowed = planner.kv_tokens(policy)
-    whole = kept if allowed is None else min(kept, allowed)
-    windows: list[int | None] = [None]
-    tokens = 1 << (whole - 1).bit_length() - 1
-    while tokens >= _LEAST_KEPT:
-        windows.append(tokens)
-        tokens //= 2
-    for window, precision in product(windows, precisions):
-        kv: dict[str, Any] = {}
-        written, costs = [], []
-        if precision != policy.kv.precision:
-            kv["precision"] = precision
-            written.append(f"kv.precision='{precision}'")
-            costs.append("keys and values are rounded (lossy)")
-        if window is not None:
-            kv |= {"max_tokens": window, "overflow": "drop-oldest-turns"}
-            written.append(f"kv.max_tokens={window:,} with kv.overflow='drop-oldest-turns'")
-            costs.append(f"turns older than {window:,} tokens are forgotten (lossy)")
-        yield _Option({"kv": kv} if kv else {}, " and ".join(written), "; ".join(costs))
-
-
-def _kinds(planner: Planner, policy: MemoryPolicy, workload: Workload) -> list[list[_Option]]:
-    """Each setting that costs speed with its values, the policy's own first."""
-    kv, as_is = policy.kv, _Option()
-    chunks = [size for size in _CHUNKS if size < min(kv.chunk, workload.context)]
-    slower = "prompts are read a little slower"
-    smaller = [_Option({"kv": {"chunk": size}}, f"kv.chunk={size}", slower, at) for at, size in enumerate(chunks, 1)]
-    kinds = [[as_is, *smaller]]
-    for name, asked, what in (
-        ("vision", workload.images, "the first image after a pause waits for the encoder's weights"),
-        ("audio", workload.audio_seconds, "the first sound after a pause waits for the encoder's weights"),
-    ):
-        if name in planner.modules and policy.module(name).residency == "keep":
-            settings = {"modules": {name: "on-demand"}}
-            kinds.append([as_is, _Option(settings, f"modules.{name}='on-demand'", what, 8 if asked else 4)])
-    if planner.device.kind == "cuda" and kv.place == "device":
-        on_host = _Option({"kv": {"place": "host"}}, "kv.place='host'", "long contexts decode slower", 32)
-        kinds.append([as_is, on_host])
-    return kinds
-
-
-def _frugal(kinds: Sequence[Sequence[_Option]]) -> list[_Way]:
-    """Combinations of which one needs least: the last of every setting, but a smaller chunk may need more."""
-    chunks, *others = kinds
-    return [(chunk, *(kind[-1] for kind in others)) for chunk in chunks]
+def _of(planner: Planner, policy: MemoryPolicy, way: Way, workload: Workload) -> Plan:
+    """The plan under a combination. Rounded layers allocate more than exact ones, and are traced where those fit."""
+    policy = _under(policy, way)
+    plan = planner.plan(policy, workload, search=False)
+    exact = planner.kept_in(policy.precisions()) if _fits(plan) else planner
+    return plan if exact is planner else exact.plan(policy, workload, search=False)
 
 
 def _bound(planner: Planner, plan: Plan) -> int | None:

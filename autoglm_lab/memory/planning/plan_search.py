@@ -116,8 +116,8 @@ def _of_modules(planner: Planner, policy: MemoryPolicy, workload: Workload) -> I
 
 def _of_layers(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
     """Weights in fewer bits, and as many bytes of layers on the host as are missing."""
-    for name, precisions in MIXED.items():
-        modules = {module: one for module, one in precisions.items() if module in planner.modules}
+    for name in ("int8", "int4"):
+        modules = {module: one for module, one in MIXED[name].items() if module in planner.modules}
         if any(policy.module(module).precision != "model" for module in modules):
             continue
         settings = {"modules": {module: {"precision": one} for module, one in modules.items()}}

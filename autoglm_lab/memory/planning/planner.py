@@ -7,7 +7,7 @@ own code on tensors without data (`activations`), the rest from constants of the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from autoglm_lab.memory.planning.plan import PhasePlan, Plan, PlannedPhase, Plan
 from autoglm_lab.memory.planning.plan_search import alternatives
 from autoglm_lab.memory.planning.plan_train import StepCost, TrainingCosts
 from autoglm_lab.memory.planning.planned_weights import PlannedWeights, SplitWeights
+from autoglm_lab.memory.planning.rounded_outline import outline_in
 from autoglm_lab.memory.planning.step_work import Peak, RequestCost, Steps, Work
 from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
@@ -48,6 +49,7 @@ class Planner:
 
     def __init__(self, outline: Outline, device: PlanDevice) -> None:
         self.name, self.dtype, self.device = outline.name, outline.dtype, device
+        self._outline = outline
         self._model: PreTrainedModel = outline.model
         self._weights = PlannedWeights(self._model, device.kind)
         self._pages = PageFormat.of(self._model.config, self.dtype)
@@ -60,6 +62,18 @@ class Planner:
         other = object.__new__(Planner)
         other.__dict__.update(self.__dict__)
         other.device = device
+        return other
+
+    def kept_in(self, precisions: Mapping[str, str]) -> Planner:
+        """The same model with its modules in these precisions, whose layers then allocate what such layers do.
+
+        Raises:
+            LoadError: the model's layers cannot be kept in that precision.
+        """
+        if dict(precisions) == precisions_of(self._model):
+            return self
+        other = planner(outline_in(self._outline, precisions), self.device)
+        other.name = self.name
         return other
 
     @property

@@ -19,7 +19,7 @@ from autoglm_lab.memory.residency.reader import Progress
 from autoglm_lab.memory.residency.slab import HostSlab, View, views_of
 from autoglm_lab.memory.residency.staging import Staging
 from autoglm_lab.models.checkpoint import FileTensor
-from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, PackedTensor, Source
+from autoglm_lab.models.tensor_sources import CutTensor, DummyTensor, HeldTensor, PackedTensor, Source
 from autoglm_lab.units import MiB, format_bytes
 
 _SPARE = 256 * MiB
@@ -192,4 +192,5 @@ class Backing:
 
 def _plain(source: Source) -> Source:
     """Where the numbers of a source lie as they were made."""
-    return source.source if isinstance(source, PackedTensor) else source
+    source = source.source if isinstance(source, PackedTensor) else source
+    return source.source if isinstance(source, CutTensor) else source

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autoglm_lab.errors import LoadError
 from autoglm_lab.models.checkpoint import FileTensor
-from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, PackedTensor, Source
+from autoglm_lab.models.tensor_sources import CutTensor, DummyTensor, HeldTensor, PackedTensor, Source
 
 BUFFER = 64 << 20
 """Bytes of the rows that are there at once as they were."""
@@ -18,7 +18,7 @@ _AT_ONCE = 1 << 21
 """Numbers that are quantised at once: what that takes meanwhile is some ten times as many bytes."""
 _LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
-Plain = FileTensor | DummyTensor | HeldTensor
+Plain = FileTensor | DummyTensor | HeldTensor | CutTensor
 
 
 def fill_packed(
@@ -34,7 +34,7 @@ def fill_packed(
         LoadError: as ``fill`` does; or a weight is no finite number, said with its name.
     """
     form = source.form
-    dtype = _dtype_of(source.source)
+    dtype = dtype_of(source.source)
     step = max(1, min(form.rows, BUFFER // (form.columns * dtype.itemsize)))
     buffer = torch.empty(step, form.columns, dtype=dtype, device=target.device)
     few, told = max(1, _AT_ONCE // form.columns), 0
@@ -61,7 +61,20 @@ def rows_of(source: Plain, first: int, count: int, columns: int) -> Plain:
         return replace(source, offset=source.offset + first * nbytes, nbytes=count * nbytes, shape=(count, columns))
     if isinstance(source, HeldTensor):
         return HeldTensor(source.tensor[first : first + count])
+    if isinstance(source, CutTensor):
+        return replace(source, rows=_within(source.rows, first, first + count))
     return replace(source, seed=source.seed + 7919 * first)
+
+
+def _within(spans: tuple[tuple[int, int], ...], first: int, end: int) -> tuple[tuple[int, int], ...]:
+    """The rows ``[first, end)`` of those that lie in ``spans``, as spans of the whole."""
+    found, before = [], 0
+    for start, stop in spans:
+        low, high = start + max(0, first - before), start + min(stop - start, end - before)
+        if low < high:
+            found.append((low, high))
+        before += stop - start
+    return tuple(found)
 
 
 def refuse_overflow(targets: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
@@ -82,12 +95,16 @@ def refuse_overflow(targets: Mapping[str, Tensor], sources: Mapping[str, Source]
 def _narrowed(targets: Mapping[str, Tensor], sources: Mapping[str, Source]) -> Iterator[str]:
     for name, target in targets.items():
         source = sources[name]
+        source = source.source if isinstance(source, CutTensor) else source
         stored = source.tensor.dtype if isinstance(source, HeldTensor) else getattr(source, "dtype", torch.float16)
         if target.dtype == torch.float16 and stored != torch.float16:
             yield name
 
 
-def _dtype_of(source: Plain) -> torch.dtype:
+def dtype_of(source: Plain) -> torch.dtype:
+    """What the rows of a source are read as."""
+    if isinstance(source, CutTensor):
+        return dtype_of(source.source)
     if isinstance(source, FileTensor):
         return source.dtype
     return source.tensor.dtype if isinstance(source, HeldTensor) else torch.float32

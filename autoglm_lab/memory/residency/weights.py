@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from autoglm_lab.errors import ModuleError
+from autoglm_lab.memory.residency.cut_weights import fill_cut
 from autoglm_lab.memory.residency.packed_weights import fill_packed, refuse_overflow
 from autoglm_lab.memory.residency.reader import Piece, Progress, pieces_of, read
 from autoglm_lab.memory.residency.staging import Staging
 from autoglm_lab.models.checkpoint import DTYPES, FileTensor
-from autoglm_lab.models.tensor_sources import DummyTensor, HeldTensor, PackedTensor, Source
+from autoglm_lab.models.tensor_sources import CutTensor, DummyTensor, HeldTensor, PackedTensor, Source
 from autoglm_lab.units import format_bytes
 
 _CHUNK = 1 << 24
@@ -41,10 +42,16 @@ def fill_all(
     with staging:
         whole = {name for name, one in targets.items() if isinstance(sources[name], FileTensor) and one.is_contiguous()}
         read(_pieces({name: targets[name] for name in sorted(whole)}, sources, staging.chunk), staging, progress)
+
+        def rows_of(rows: Tensor, source: Source) -> None:
+            fill_all({"": rows}, {"": source}, staging, _untold)
+
         for name, target in targets.items():
             source = sources[name]
             if isinstance(source, PackedTensor):
-                fill_packed(target, source, lambda rows, of: fill_all({"": rows}, {"": of}, staging, _untold), progress)
+                fill_packed(target, source, rows_of, progress)
+            elif isinstance(source, CutTensor):
+                fill_cut(target, source, rows_of, progress)
             elif name not in whole:
                 fill(target, source, progress)
         refuse_overflow(targets, sources)
@@ -61,7 +68,7 @@ def fill(target: Tensor, source: Source, progress: Progress) -> None:
         progress(target.numel() * target.element_size())
     elif isinstance(source, DummyTensor):
         _made_up(target, source, progress)
-    elif isinstance(source, PackedTensor) or target.is_contiguous():
+    elif isinstance(source, PackedTensor | CutTensor) or target.is_contiguous():
         fill_all({"": target}, {"": source}, Staging(target.device), progress)
     else:  # turned: the values of the file in the order of the file, then turned
         whole = torch.empty(source.shape, dtype=source.dtype)

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
+import autoglm_lab as lab
+from autoglm_lab import opening
+from autoglm_lab.errors import PolicyError
+from autoglm_lab.memory.planning.choice_options import KV_LOSS, WEIGHT_LOSS, qualities
 from autoglm_lab.memory.planning.device_constants import plan_device
 from autoglm_lab.memory.planning.plan_choice import SPARE, Choice, choose
 from autoglm_lab.memory.planning.planner import Planner, planner
@@ -164,3 +169,98 @@ def test_a_conversation_may_grow_into_what_is_left(phone):
 def test_other_settings_stay_as_they_are(tiny):
     policy = MemoryPolicy(generation={"temperature": 0.5}, kv={"precision": "int8", "reuse": False}, budget="100GiB")
     assert choose(tiny, policy, MANY).policy == policy
+
+
+SHORT = Workload(context=250, new_tokens=40)
+LEAN = {"vision": {"residency": "on-demand"}, "audio": {"residency": "on-demand"}}
+
+
+def rounded(precisions: dict[str, str]) -> dict[str, dict[str, str]]:
+    """The leanest modules with these precisions."""
+    known = {name: one for name, one in precisions.items() if name != "head"}  # the embedded model's is its embedding
+    return {name: LEAN.get(name, {}) | ({"precision": known[name]} if name in known else {}) for name in LEAN | known}
+
+
+def least(tiny: Planner, precisions: dict[str, str], kv: str) -> int:
+    """The least budget under which weights and keys and values may be kept so, by a plan of such layers."""
+    exact = tiny.kept_in({name: one for name, one in precisions.items() if name != "head"})
+    return just_fits(exact, SHORT, modules=rounded(precisions), kv={"precision": kv})
+
+
+def test_weights_are_rounded_where_nothing_exact_fits_and_no_more_than_it_takes(tiny):
+    budget = least(tiny, {"text": "int8"}, "int8")
+    choice = choose(tiny, MemoryPolicy(budget=budget), SHORT, rounded=True)
+    assert choice.fits
+    assert choice.policy.precisions() == {"text": "int8"}
+    kept = choice.policy.kv.precision
+    losses = {one: KV_LOSS[one] + 4.8 for one in KV_LOSS}
+    assert losses[kept] <= losses["int8"] < KV_LOSS["int4"]
+    milder = [({}, "model"), ({}, "int8"), *([({"text": "int8"}, "model")] if kept == "int8" else [])]
+    assert all(least(tiny, precisions, kv) > budget for precisions, kv in milder)
+    assert "weights are rounded (lossy)" in choice.why.splitlines()[1]
+    exact = tiny.kept_in({"text": "int8"})
+    assert exact.plan(choice.policy, SHORT, search=False).largest.needed == choice.plan.largest.needed
+
+
+def test_what_changes_answers_less_comes_first(tiny):
+    (kept, *_) = qualities(tiny, MemoryPolicy(), SHORT, rounded=True)
+    names = [" and ".join(option.written for option in way if option.written) for way in kept]
+    assert names[:4] == [
+        "",
+        "kv.precision='int8'",
+        "quantize='int8'",
+        "quantize='int8' and kv.precision='int8'",
+    ]
+    assert (
+        names.index("quantize='int4'")
+        < names.index("kv.precision='int4'")
+        < names.index("quantize={'text': 'int4', 'vision': 'int4'}")
+    )
+    (exact, *_) = qualities(tiny, MemoryPolicy(), SHORT, rounded=False)
+    assert len(exact) == 3
+    assert len(kept) == 3 * (1 + len(WEIGHT_LOSS))
+
+
+def test_who_does_not_ask_for_it_keeps_exact_weights_and_is_told_what_would_do(tiny):
+    budget = least(tiny, {"text": "int4"}, "int4")
+    choice = choose(tiny, MemoryPolicy(budget=budget), SHORT)
+    assert not choice.fits
+    assert not choice.policy.precisions()
+    assert "One change would do: rounded weights, quantize='auto' (lossy), or a budget of" in choice.why
+    assert choose(tiny, MemoryPolicy(budget=budget), SHORT, rounded=True).fits
+
+
+def test_a_host_without_room_for_layers_lets_weights_be_rounded(phone):
+    device = replace(plan_device(None, 12 * GiB, None), host_free=4 * GiB)
+    policy = MemoryPolicy(budget="12GiB")
+    exact = choose(planner(phone, device), policy, SHORT)
+    assert not exact.fits
+    assert "with 1% to spare, and the host has no room for layers: the leanest needs" in exact.why
+    assert "One change would do: rounded weights, quantize='auto' (lossy), or a budget of" in exact.why
+    choice = choose(planner(phone, device), policy, SHORT, rounded=True)
+    assert choice.fits
+    assert choice.policy.precisions()["text"] == "int8"
+    assert choice.plan.host_needed <= 4 * GiB
+    roomy = choose(planner(phone, replace(device, host_free=64 * GiB)), policy, SHORT, rounded=True)
+    assert not roomy.policy.precisions(), "layers on the host are exact"
+    small_host = replace(plan_device(None, 24 * GiB, None), host_free=1 * GiB)
+    assert choose(planner(phone, small_host), MemoryPolicy(budget="24GiB"), SHORT).fits, "it needs no host"
+
+
+def test_a_model_is_loaded_with_the_weights_that_were_chosen(monkeypatch, tiny):
+    free = least(tiny, {"text": "int8"}, "model")
+    monkeypatch.setattr(opening, "plan_device", lambda *_: replace(tiny.device, free=free))
+    with lab.load("autoglm-tiny", device="cpu", policy="auto", quantize="auto", workload=SHORT) as wb:
+        assert wb.policy.precisions() == {"text": "int8"}
+        assert wb.memory.nbytes("text") < 0.4 * tiny.plan(MemoryPolicy(), SHORT)["load"].of("text")
+        (chosen,) = [one.why for one in wb.sampler.events() if one.subject == "chosen"]
+        assert "quantize='int8'" in chosen
+    plan = lab.plan("autoglm-tiny", "auto", device="cpu", quantize="auto", context=250, new_tokens=40)
+    assert plan.policy.precisions() == {"text": "int8"}
+    assert lab.plan("autoglm-tiny", device="cpu", quantize="int4").policy.precisions() == {"text": "int4"}
+
+
+def test_rounding_is_chosen_only_with_all_the_rest():
+    for call in (lab.plan, lab.load):
+        with pytest.raises(PolicyError, match="pass policy='auto' too"):
+            call("autoglm-tiny", device="cpu", quantize="auto")

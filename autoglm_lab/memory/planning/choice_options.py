@@ -1,0 +1,124 @@
+"""The settings that ``policy="auto"`` chooses among, in the order in which it gives them up; see `plan_choice`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from autoglm_lab.memory.planning.planner import Planner
+from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.models.precision import MIXED
+from autoglm_lab.policy import MemoryPolicy
+
+_LEAST_KEPT = 1024
+_CHUNKS = (1024, 512, 256)
+KV_LOSS = {"model": 0.0, "int8": 1.9, "int4": 633.0}
+"""By how much keys and values in a precision change the next token: the mean divergence (Kullback-Leibler), in
+millionths of a nat, of the embedded model along its own answers to 24 held-out taps and 24 recalls, in float32."""
+WEIGHT_LOSS: tuple[tuple[Mapping[str, str], float], ...] = (
+    (MIXED["int8"], 4.8),
+    ({**MIXED["int8"], "vision": "int8"}, 10.0),
+    (MIXED["int4"], 362.0),
+    ({**MIXED["int4"], "vision": "int8"}, 363.0),
+    ({"text": "int4", "head": "int4", "vision": "int4"}, 997.0),
+)
+"""The same of weights, by module. The embedded model's head is its embedding, which is never kept in 4 bits."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One value of a setting.
+
+    Attributes:
+        settings: as `MemoryPolicy.replace` takes them; empty: the policy's own value.
+        written: as a person writes it.
+        costs: in speed or quality, in a sentence.
+        slower: how much it slows down; the sum of a combination decides, so one of a later kind outweighs all before.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    written: str = ""
+    costs: str = ""
+    slower: int = 0
+
+
+Way = tuple[Option, ...]
+
+
+def qualities(planner: Planner, policy: MemoryPolicy, workload: Workload, *, rounded: bool) -> list[list[Way]]:
+    """What costs quality, best first: all that the workload keeps, then half of it, a quarter …, a list for each.
+
+    Args:
+        rounded: weights in fewer bits are among it.
+    """
+    exact = [(Option(), 0.0)]
+    weights = [*exact, *_weights(planner, policy)] if rounded else exact
+    both = sorted(product(weights, _precisions(policy)), key=lambda pair: pair[0][1] + pair[1][1])
+    return [[(window, weight, kv) for (weight, _), (kv, _) in both] for window in _windows(planner, policy, workload)]
+
+
+def _weights(planner: Planner, policy: MemoryPolicy) -> Iterator[tuple[Option, float]]:
+    seen: list[dict[str, str]] = []
+    for precisions, loss in WEIGHT_LOSS:
+        asked = {name: one for name, one in precisions.items() if name in planner.modules}
+        settings = {"modules": {name: {"precision": one} for name, one in asked.items()}}
+        if asked in seen or asked.keys() & policy.precisions() or not planner.can_keep(policy.replace(**settings)):
+            continue
+        seen.append(asked)
+        short = (name for name, one in MIXED.items() if asked == {key: one[key] for key in one if key in asked})
+        written = f"quantize={next(short, asked)!r}"
+        yield Option(settings, written, "weights are rounded (lossy)"), loss
+
+
+def _precisions(policy: MemoryPolicy) -> Iterator[tuple[Option, float]]:
+    order = list(KV_LOSS)
+    for precision in order[order.index(policy.kv.precision) :]:
+        if precision == policy.kv.precision:
+            yield Option(), 0.0
+            continue
+        written = f"kv.precision='{precision}'"
+        yield (
+            Option({"kv": {"precision": precision}}, written, "keys and values are rounded (lossy)"),
+            KV_LOSS[precision],
+        )
+
+
+def _windows(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Option]:
+    yield Option()
+    kept = workload.context + workload.new_tokens
+    allowed = planner.kv_tokens(policy)
+    whole = kept if allowed is None else min(kept, allowed)
+    tokens = 1 << (whole - 1).bit_length() - 1
+    while tokens >= _LEAST_KEPT:
+        written = f"kv.max_tokens={tokens:,} with kv.overflow='drop-oldest-turns'"
+        costs = f"turns older than {tokens:,} tokens are forgotten (lossy)"
+        yield Option({"kv": {"max_tokens": tokens, "overflow": "drop-oldest-turns"}}, written, costs)
+        tokens //= 2
+
+
+def kinds(planner: Planner, policy: MemoryPolicy, workload: Workload) -> list[list[Option]]:
+    """Each setting that costs speed with its values, the policy's own first."""
+    kv, as_is = policy.kv, Option()
+    chunks = [size for size in _CHUNKS if size < min(kv.chunk, workload.context)]
+    slower = "prompts are read a little slower"
+    smaller = [Option({"kv": {"chunk": size}}, f"kv.chunk={size}", slower, at) for at, size in enumerate(chunks, 1)]
+    found = [[as_is, *smaller]]
+    for name, asked, what in (
+        ("vision", workload.images, "the first image after a pause waits for the encoder's weights"),
+        ("audio", workload.audio_seconds, "the first sound after a pause waits for the encoder's weights"),
+    ):
+        if name in planner.modules and policy.module(name).residency == "keep":
+            settings = {"modules": {name: "on-demand"}}
+            found.append([as_is, Option(settings, f"modules.{name}='on-demand'", what, 8 if asked else 4)])
+    if planner.device.kind == "cuda" and kv.place == "device":
+        on_host = Option({"kv": {"place": "host"}}, "kv.place='host'", "long contexts decode slower", 32)
+        found.append([as_is, on_host])
+    return found
+
+
+def frugal(found: Sequence[Sequence[Option]]) -> list[Way]:
+    """Combinations of which one needs least: the last of every setting, but a smaller chunk may need more."""
+    chunks, *others = found
+    return [(chunk, *(kind[-1] for kind in others)) for chunk in chunks]
