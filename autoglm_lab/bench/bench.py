@@ -29,8 +29,10 @@ class Bench:
         small: the embedded model and short prompts, whose figures are not judged; None: where there is no GPU. Else
             the shapes of AutoGLM-Phone-9B with made-up weights.
         minutes: how long a soak lasts; None: as many requests as it has.
+        soak: seconds of rude clients at the service; None: none of them.
         dialogues: of each task whose answers are counted; None: few in a small run, else 128.
         smollm2: a folder of SmolLM2, for its perplexity; None: without it.
+        ranks: devices that compute every layer together, for the bench of that.
         rows: words that the names of the plan's rows hold, commas between them; None: all rows.
         kept: where each row of the plan's bench is written as soon as it is there, a line of JSON each; None: nowhere.
         command: how this run was started, for the report.
@@ -45,8 +47,10 @@ class Bench:
         *,
         small: bool | None = None,
         minutes: float | None = None,
+        soak: float | None = None,
         dialogues: int | None = None,
         smollm2: Path | None = None,
+        ranks: int = 2,
         rows: str | None = None,
         kept: Path | None = None,
         command: str = "",
@@ -56,8 +60,8 @@ class Bench:
         self.small = self.device.type == "cpu" if small is None else small
         if not self.small and self.device.type == "cpu":
             raise LabError("a full run needs a GPU, and torch sees none here: leave --full out")
-        self.minutes, self.dialogues, self.smollm2 = minutes, dialogues, smollm2
-        self.rows, self._kept = rows, kept
+        self.minutes, self.soak, self.dialogues, self.smollm2 = minutes, soak, dialogues, smollm2
+        self.ranks, self.rows, self._kept = ranks, rows, kept
         self._command = command
         self._say = say or _to_stderr
         self._started = time.monotonic()
