@@ -50,6 +50,12 @@ def bench(
     rows: Annotated[
         str | None, typer.Option(metavar="WORDS", help="Rows of plan whose names hold one of these: phone,cap")
     ] = None,
+    predict_only: Annotated[
+        bool, typer.Option("--predict-only", help="plan: predict its rows and measure none; needs no GPU.")
+    ] = False,
+    predicted: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="plan: compare its rows with what --predict-only --json wrote.")
+    ] = None,
 ) -> None:
     """Measure ours beside its peers and the limit, in one run. A bar that was missed is shown, and is no failure."""
     wanted = chosen(names)
@@ -57,6 +63,8 @@ def bench(
         raise LabError(f"cannot write {json_file}: its folder does not exist")
     if smollm2 is not None and not (smollm2 / "config.json").is_file():
         raise LabError(f"--smollm2 {smollm2} is no folder of a model: it has no config.json")
+    if predict_only and wanted != ("plan",):
+        raise LabError("--predict-only predicts the rows of plan: autoglm-lab bench plan --predict-only")
     from autoglm_lab.bench.bench import Bench
 
     reports: dict[str, Report] = {}
@@ -68,6 +76,7 @@ def bench(
     options += [] if smollm2 is None else ["--smollm2", str(smollm2)]
     options += [] if ranks == 2 else ["--ranks", str(ranks)]
     options += [] if rows is None else ["--rows", rows]
+    options += ["--predict-only"] * predict_only + ([] if predicted is None else ["--predicted", predicted.name])
     kept = None if json_file is None else json_file.with_suffix(".rows.jsonl")
     if kept is not None:
         kept.unlink(missing_ok=True)
@@ -81,6 +90,7 @@ def bench(
         "ranks": ranks,
         "rows": rows,
     }
+    settings |= {"predict_only": predict_only, "predicted": predicted}
     with Bench(**settings, kept=kept, command=command) as session:  # type: ignore[arg-type]
         for name in wanted:
             session.say(f"bench {name}: {CATALOG[name]}")
