@@ -66,7 +66,7 @@ def test_where_layers_would_stay_on_the_host_rounded_weights_are_a_row_too(
 
 @pytest.mark.parametrize(
     ("on_host", "rounded"),
-    [({None: 0}, None), ({None: 5, "int8": 0}, "int8"), ({None: 5, "int8": 1, "int4": 0}, "int4")],,
+    [({None: 0}, None), ({None: 5, "int8": 0}, "int8"), ({None: 5, "int8": 1, "int4": 0}, "int4")],
 )
 def test_weights_are_rounded_no_more_than_keeps_the_layers_on_the_device(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, on_host: dict[str | None, int], rounded: str | None
