@@ -2,6 +2,7 @@
 # make demo    the main job in the terminal       (ARGS="--json answers.json")
 # make doctor  what this machine has and lacks
 # make test    every check: ruff, mypy, unit tests, notebooks, browser
+# make peers   servers of other projects into .peers, once: half an hour, 5 GB; make test-peers then tests against them
 #
 # Each makes .venv and installs what it needs first; a second call skips that.
 # PYTHON=python3.12 picks the interpreter that .venv is made with. `make venv` makes it alone, for when a certain build of
@@ -18,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv lab demo doctor test lint types unit notebooks browser clean
+.PHONY: help venv lab demo doctor test lint types unit notebooks browser peers test-peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -51,6 +52,19 @@ notebooks: $(VENV)/.test
 browser: $(VENV)/.test
 	@command -v chromium > /dev/null || echo "No chromium on the PATH: the browser tests are skipped (apt-get install chromium)"
 	$(PYTEST) tests/browser --junitxml=.make/browser.xml $(ARGS)
+
+# SmolLM2 is read by the transformers beside it.
+PEERS := transformers smollm2 vllm llama-server
+
+peers: $(PEERS:%=.peers/%/.ready)
+
+.peers/%/.ready: scripts/peers/install.sh
+	@mkdir -p .peers
+	PYTHON=$(PYTHON) scripts/peers/install.sh $* .peers/$*
+	@touch $@
+
+test-peers: $(VENV)/.test
+	$(PYTEST) tests/peer $(ARGS)
 
 venv: $(BIN)/python
 

@@ -39,7 +39,7 @@ def _sparse(value: Any) -> Any:
 
 Residency = Annotated[Literal["keep", "on-demand", "off"], BeforeValidator(_off)]
 WeightPrecision = Annotated[
-    Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "2:4"], BeforeValidator(_sparse)
+    Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "nf4", "2:4"], BeforeValidator(_sparse)
 ]
 Overflow = Literal["stop", "drop-oldest-turns", "window", "refuse"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(exact_bytes, when_used="json"), Field(ge=0)]
@@ -59,9 +59,9 @@ class ModulePolicy(_Part):
             where the device is the host. Default ``auto``.
         keep_alive: seconds that an on-demand module stays after its last use. Default 30.
         precision: of the weights: ``model``: as they are loaded; ``float32``, ``bfloat16``, ``float16``; ``int8`` and
-            ``int4``: linear layers and embeddings in about a half and a quarter of bfloat16 (lossy); ``2:4``: of every
-            four numbers of the linear layers the two largest (lossy). It is set when the model is loaded. Default
-            ``model``.
+            ``int4``: linear layers and embeddings in about a half and a quarter of bfloat16 (lossy); ``nf4``: as int4,
+            and finer for a base beneath adapters that learn (QLoRA), but slower to answer with; ``2:4``: of every four
+            numbers of the linear layers the two largest (lossy). It is set when the model is loaded. Default ``model``.
     """
 
     residency: Residency = "keep"

@@ -29,9 +29,13 @@ class Bench:
         small: the embedded model and short prompts, whose figures are not judged; None: where there is no GPU. Else
             the shapes of AutoGLM-Phone-9B with made-up weights.
         minutes: how long a soak lasts; None: as many requests as it has.
+        soak: seconds of rude clients at the service; None: none of them.
         dialogues: of each task whose answers are counted; None: few in a small run, else 128.
         smollm2: a folder of SmolLM2, for its perplexity; None: without it.
+        ranks: devices that compute every layer together, for the bench of that.
         rows: words that the names of the plan's rows hold, commas between them; None: all rows.
+        predict_only: the plan's rows are predicted, for an H200 where there is no GPU, and none is measured.
+        predicted: what such a run wrote; the plan's rows are compared with it. None: with nothing.
         kept: where each row of the plan's bench is written as soon as it is there, a line of JSON each; None: nowhere.
         command: how this run was started, for the report.
         say: told the progress; standard error by default.
@@ -45,19 +49,24 @@ class Bench:
         *,
         small: bool | None = None,
         minutes: float | None = None,
+        soak: float | None = None,
         dialogues: int | None = None,
         smollm2: Path | None = None,
+        ranks: int = 2,
         rows: str | None = None,
+        predict_only: bool = False,
+        predicted: Path | None = None,
         kept: Path | None = None,
         command: str = "",
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        self.small = self.device.type == "cpu" if small is None else small
-        if not self.small and self.device.type == "cpu":
+        self.small = self.device.type == "cpu" and not predict_only if small is None else small
+        if not self.small and self.device.type == "cpu" and not predict_only:
             raise LabError("a full run needs a GPU, and torch sees none here: leave --full out")
-        self.minutes, self.dialogues, self.smollm2 = minutes, dialogues, smollm2
-        self.rows, self._kept = rows, kept
+        self.minutes, self.soak, self.dialogues, self.smollm2 = minutes, soak, dialogues, smollm2
+        self.ranks, self.rows, self._kept = ranks, rows, kept
+        self.predict_only, self.predicted = predict_only, predicted
         self._command = command
         self._say = say or _to_stderr
         self._started = time.monotonic()

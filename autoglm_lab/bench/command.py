@@ -33,6 +33,10 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Let the soak go on for so long, instead of its 300 requests.")
     ] = None,
+    soak: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", min=0.0, help="serve: also so long beside rude clients. Judged from 600 on."),
+    ] = None,
     dialogues: Annotated[
         int | None, typer.Option(min=1, help="Dialogues of each task of quality. Default: 8 small, 128 full.")
     ] = None,
@@ -42,8 +46,15 @@ def bench(
             metavar="FOLDER", help="SmolLM2 as safetensors with its tokenizer, for its perplexity in quality."
         ),
     ] = None,
+    ranks: Annotated[int, typer.Option(min=2, help="Devices of parallel.")] = 2,
     rows: Annotated[
         str | None, typer.Option(metavar="WORDS", help="Rows of plan whose names hold one of these: phone,cap")
+    ] = None,
+    predict_only: Annotated[
+        bool, typer.Option("--predict-only", help="plan: predict its rows and measure none; needs no GPU.")
+    ] = False,
+    predicted: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="plan: compare its rows with what --predict-only --json wrote.")
     ] = None,
 ) -> None:
     """Measure ours beside its peers and the limit, in one run. A bar that was missed is shown, and is no failure."""
@@ -52,20 +63,34 @@ def bench(
         raise LabError(f"cannot write {json_file}: its folder does not exist")
     if smollm2 is not None and not (smollm2 / "config.json").is_file():
         raise LabError(f"--smollm2 {smollm2} is no folder of a model: it has no config.json")
+    if predict_only and wanted != ("plan",):
+        raise LabError("--predict-only predicts the rows of plan: autoglm-lab bench plan --predict-only")
     from autoglm_lab.bench.bench import Bench
 
     reports: dict[str, Report] = {}
     failures: dict[str, str] = {}
     options = [] if small is None else ["--small" if small else "--full"]
     options += [] if minutes is None else ["--minutes", f"{minutes:g}"]
+    options += [] if soak is None else ["--soak", f"{soak:g}"]
     options += [] if dialogues is None else ["--dialogues", str(dialogues)]
     options += [] if smollm2 is None else ["--smollm2", str(smollm2)]
+    options += [] if ranks == 2 else ["--ranks", str(ranks)]
     options += [] if rows is None else ["--rows", rows]
+    options += ["--predict-only"] * predict_only + ([] if predicted is None else ["--predicted", predicted.name])
     kept = None if json_file is None else json_file.with_suffix(".rows.jsonl")
     if kept is not None:
         kept.unlink(missing_ok=True)
     command = shlex.join(["autoglm-lab", "bench", *names, *options])
-    settings = {"small": small, "minutes": minutes, "dialogues": dialogues, "smollm2": smollm2, "rows": rows}
+    settings = {
+        "small": small,
+        "minutes": minutes,
+        "soak": soak,
+        "dialogues": dialogues,
+        "smollm2": smollm2,
+        "ranks": ranks,
+        "rows": rows,
+    }
+    settings |= {"predict_only": predict_only, "predicted": predicted}
     with Bench(**settings, kept=kept, command=command) as session:  # type: ignore[arg-type]
         for name in wanted:
             session.say(f"bench {name}: {CATALOG[name]}")

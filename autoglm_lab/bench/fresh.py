@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -19,8 +20,9 @@ def fresh(function: str, timeout: float = 300.0, **arguments: Any) -> dict[str, 
         Its figures, or ``{"error": text}`` with the last line of what it said before it failed.
     """
     command = [sys.executable, "-m", "autoglm_lab.bench.fresh", function, json.dumps(arguments)]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return {"error": f"not finished after {timeout:g} s"}
     found = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]

@@ -7,24 +7,25 @@ them. Its peer is what accelerate's ``estimate-memory`` says of the same model a
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from autoglm_lab.bench import plan_rows
 from autoglm_lab.bench.bench import Bench
+from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.plan_models import made_up_processor, source
 from autoglm_lab.bench.plan_rows import PHONE, Setting
 from autoglm_lab.bench.report import Figure, Report
+from autoglm_lab.errors import LabError
 from autoglm_lab.memory.planning.cards import find_card
 from autoglm_lab.memory.planning.device_constants import PlanDevice, plan_device
 from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.plan_choice import choose
 from autoglm_lab.memory.planning.planner import Planner, planner
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.loading import Outline, outline
@@ -32,7 +33,7 @@ from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB
 
-_OFF, _UNDER, _REST = 2.0, -1.0, 5.0
+_OFF, _UNDER, _REST, _APART = 2.0, -1.0, 5.0, 1.0
 _ABOVE, _BELOW = 1.03, 0.99
 _PATIENCE = 400
 _AT_ONCE = 4
@@ -47,6 +48,11 @@ _BARS = (
     f"context) within {_REST:g} %. Plans are made for the card by its name, with nothing measured in this run."
 )
 _PEER = "estimate-memory: accelerate's own functions on the model without weights, in the row's dtype."
+_FORETOLD = (
+    "Nothing was loaded or measured: what plans say of the largest phase, for the card by its name. A run on that card "
+    "takes them with --predicted FILE."
+)
+_ELSEWHERE = "Predictions without a GPU: made on another machine with --predict-only."
 _CAPS = (
     "Caps: what was chosen automatically has to be gone through under the cap; with force, what needs 3 % more than "
     "the cap has to run out of memory, and what needs 1 % less has to be gone through."
@@ -124,9 +130,49 @@ def run(bench: Bench) -> Report:
     plans = Plans(bench)
     rows = plan_rows.small() if bench.small else (*plan_rows.accuracy(), *caps(plans.planner(PHONE, "auto")))
     rows = plan_rows.chosen(rows, bench.rows)
+    if bench.predict_only:
+        return bench.report("plan, predicted", [_predicted(bench, plans, row) for row in rows], _FORETOLD, _PEER)
+    elsewhere = {} if bench.predicted is None else read_predicted(bench.predicted)
     outcomes = list(_outcomes(bench, plans, rows))
     figures = [*(one.figure(bench.judge) for one in outcomes), *_worst(bench, outcomes)]
-    return bench.report("plan", figures, _MEASURED, _BARS, _PEER, _CAPS)
+    notes = [_MEASURED, _BARS, _PEER, _CAPS]
+    if elsewhere:
+        figures.append(_apart(bench, outcomes, elsewhere))
+        notes.append(_ELSEWHERE)
+    return bench.report("plan", figures, *notes)
+
+
+def read_predicted(file: Path) -> dict[str, int]:
+    """Predictions by the name of their row, from a report that ``--predict-only --json`` wrote.
+
+    Raises:
+        LabError: it is no such report.
+    """
+    try:
+        figures = json.loads(file.read_text(encoding="utf-8"))["reports"]["plan"]["figures"]
+        return {str(one["name"]): int(one["ours"]) for one in figures}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LabError(
+            f"{file} holds no predictions ({type(error).__name__}): autoglm-lab bench plan --predict-only --json FILE "
+            "writes them"
+        ) from None
+
+
+def _predicted(bench: Bench, plans: Plans, row: Setting) -> Figure:
+    plan, estimate = plans.of(row)
+    nbytes = max(phase.nbytes for phase in plan.phases)
+    bench.keep({"row": row.to_dict(), "predicted": nbytes, "estimate_memory": estimate})
+    bench.say(row.name)
+    return Figure(row.name, "B", nbytes, {"estimate-memory": estimate})
+
+
+def _apart(bench: Bench, outcomes: Sequence[Outcome], elsewhere: Mapping[str, int]) -> Figure:
+    """The largest difference between what was predicted here and there."""
+    shares = [100 * (one.predicted / elsewhere[one.row.name] - 1) for one in outcomes if one.row.name in elsewhere]
+    most = max(shares, key=abs, default=None)
+    meets = None if most is None else bench.judge(abs(most) <= _APART)
+    name = f"largest difference from {len(shares)} predictions made without a GPU"
+    return Figure(name, "%", most, bar=f"within {_APART:g} %", meets=meets)
 
 
 def caps(phone: Planner) -> tuple[Setting, ...]:
@@ -134,7 +180,7 @@ def caps(phone: Planner) -> tuple[Setting, ...]:
     step = Setting("", PHONE, 2000, 128, 1, (644, 1484), auto=True, expected=True)
     rows = [
         replace(step, name=f"cap, auto on {size} GiB: the phone step", settings={"budget": size * GiB})
-        for size in (24, 16, 12)
+        for size in (24, 16, 12, 8)
     ]
     kinds: tuple[tuple[str, int, dict[str, Any]], ...] = (
         ("keys and values", 22, {}),
@@ -187,6 +233,8 @@ class Plans:
         """The plan of a row, and what accelerate says of its model."""
         predict = self.planner(row.model, row.dtype, small=row.small)
         plan = predict.plan(row.policy, row.workload, search=False)
+        if row.auto:
+            plan = choose(predict, row.policy, row.workload).plan
         return plan, self._estimates[row.model, row.dtype, row.small]
 
 
@@ -214,7 +262,7 @@ def estimate_memory(shapes: Outline) -> int | None:
 
 def _where(bench: Bench) -> PlanDevice:
     if not bench.cuda:
-        return plan_device("cpu", None, None)
+        return plan_device("cpu" if bench.small else "H200", None, None)
     name = torch.cuda.get_device_name(bench.device)
     return plan_device(name if find_card(name) is not None else str(bench.device), None, None)
 
@@ -239,25 +287,9 @@ def _outcomes(bench: Bench, plans: Plans, rows: Sequence[Setting]) -> list[Outco
 
 def _measured(row: Setting) -> dict[str, Any]:
     """What the row's own process tells."""
-    command = [sys.executable, "-m", "autoglm_lab.bench.plan_worker"]
     missing = {"name": row.name, "outcome": "failed", "total": 0, "rest": 0, "process": 0, "hidden": False}
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(row.to_dict()),
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=False,
-            env=environment,
-        )
-        told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return missing | {"why": f"not done after {_PATIENCE} s"}
-    except (IndexError, ValueError):
-        return missing | {"why": done.stderr[-2000:]}
-    return told
+    told = fresh("autoglm_lab.bench.plan_worker:measured", _PATIENCE, row=row.to_dict())
+    return missing | {"why": told["error"]} if "error" in told else told
 
 
 def _worst(bench: Bench, outcomes: Sequence[Outcome]) -> list[Figure]:

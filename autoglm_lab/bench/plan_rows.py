@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 
 PHONE, ARTICLE, QWEN, GEMMA = "autoglm-phone-9b", "autoglm-article", "qwen2.5-vl-3b", "gemma-3-4b"
 _SHOT = (644, 1484)
 """An image of this size takes 1,219 tokens of the phone model."""
+RANK = 16
+"""Of the adapters that rows of training learn."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Setting:
         dtype: of the weights; ``auto`` as `load` has it.
         force: try it also where the plan says that it cannot fit.
         auto: the policy is chosen for ``settings["budget"]``.
+        train: a step of fine-tuning with adapters on a dialogue of ``context`` tokens, instead of an answer.
         expected: whether it has to be gone through (True), to run out of memory (False), or to be measured (None).
     """
 
@@ -39,6 +43,7 @@ class Setting:
     small: bool = False
     force: bool = False
     auto: bool = False
+    train: bool = False
     expected: bool | None = None
 
     @property
@@ -51,7 +56,8 @@ class Setting:
 
     @property
     def workload(self) -> Workload:
-        return Workload(self.context, self.new_tokens, self.images, self.image_size, conversations=self.conversations)
+        work = Workload(self.context, self.new_tokens, self.images, self.image_size, conversations=self.conversations)
+        return replace(work, training=TrainingLoad("lora", self.context, RANK)) if self.train else work
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +69,7 @@ class Setting:
 
 def accuracy() -> tuple[Setting, ...]:
     """Rows whose peaks are compared with their plans."""
-    return (*_phone(), *_article(), *_family(QWEN), *_qwen(), *_gemma())
+    return (*_phone(), *_article(), *_family(QWEN), *_qwen(), *_gemma(), *_training())
 
 
 def small() -> tuple[Setting, ...]:
@@ -74,6 +80,7 @@ def small() -> tuple[Setting, ...]:
         Setting("tiny, an image, vision on demand", tiny, 256, 4, 1, settings={"modules": {"vision": "on-demand"}}),
         Setting("qwen, narrow, an image", QWEN, 512, 4, 1, (112, 112), small=True),
         Setting("gemma, narrow, an image", GEMMA, 256, 4, 1, (112, 112), small=True),
+        Setting("tiny, train on 128 tokens", tiny, 128, settings=_learning("every-layer"), train=True),
         Setting("tiny, a budget that is too small", tiny, 3000, 4, settings={"budget": "1MiB"}, expected=False),
     )
 
@@ -139,3 +146,21 @@ def _gemma() -> Iterator[Setting]:
         yield Setting(f"gemma, {tokens:,} tokens", GEMMA, tokens)
     yield Setting("gemma, an image", GEMMA, 1024, images=1)
     yield Setting("gemma, 3 images", GEMMA, 4096, images=3)
+
+
+def _learning(checkpointing: str, **settings: Any) -> dict[str, Any]:
+    return {"training": {"checkpointing": checkpointing, "micro_batch": 1, "accumulation": 1, **settings}}
+
+
+def _training() -> Iterator[Setting]:
+    for checkpointing, words in (("none", "nothing"), ("every-k", "every other layer"), ("every-layer", "every layer")):
+        name = f"phone, train on 2,048 tokens, {words} computed again"
+        yield Setting(name, PHONE, 2048, settings=_learning(checkpointing), train=True)
+    four = {**_learning("every-layer", micro_batch=4), "modules": {"vision": "off"}}
+    name = "phone, train on 4 x 1,024 tokens, every layer computed again"
+    yield Setting(name, PHONE, 1024, settings=four, train=True)
+    offload = _learning("none", offload=0.5)
+    yield Setting("phone, train on 2,048 tokens, half offloaded", PHONE, 2048, settings=offload, train=True)
+    for checkpointing, words in (("none", "nothing"), ("every-layer", "every layer")):
+        name = f"article, train on 1,024 tokens, {words} computed again"
+        yield Setting(name, ARTICLE, 1024, settings=_learning(checkpointing), train=True)

@@ -1,17 +1,12 @@
-"""``python -m autoglm_lab.bench.plan_worker``: measure one row of the plan's bench in this process alone.
-
-The row comes as JSON on standard input; what was measured goes out as the last line of standard output.
-"""
+"""Measures one row of the plan's bench, in a process that does nothing else; see `bench.fresh`."""
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 from typing import Any
 
-from autoglm_lab.bench.plan_rows import Setting
-from autoglm_lab.bench.prompts import length, screen, text_of, user
+from autoglm_lab.bench.plan_rows import RANK, Setting
+from autoglm_lab.bench.prompts import length, said, screen, text_of, user
 from autoglm_lab.errors import LabError, LoadError, OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator, open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
@@ -20,6 +15,8 @@ from autoglm_lab.workbench import Workbench
 
 _EVERY = 0.003
 _PATIENCE = 300
+_STEPS = 2
+"""Of fine-tuning: the optimiser's states come with the first."""
 
 
 class Watcher:
@@ -87,7 +84,7 @@ def measure(row: Setting) -> dict[str, Any]:
             watcher.bench = bench
             watcher.look()
             told["policy"] = bench.policy.to_dict()
-            told["phases"] = _ask(bench, row)
+            told["phases"] = _learn(bench, row) if row.train else _ask(bench, row)
             watcher.stop()
     except OutOfMemoryError as error:
         told |= {"outcome": "out of memory", "why": str(error)}
@@ -133,6 +130,16 @@ def opened(row: Setting, policy: MemoryPolicy, accelerator: Accelerator) -> Work
     return Workbench(resolved, policy, accelerator)
 
 
+def _learn(bench: Workbench, row: Setting) -> dict[str, int]:
+    """A few steps of fine-tuning on dialogues of as many tokens, most of them learnt; the watcher sees the peak."""
+    count = bench.policy.training.micro_batch
+    around = length(bench, [user("x"), said("assistant", "x")]) - 1
+    answers = [text_of(bench, max(1, row.context - around), seed) for seed in range(count)]
+    data = [{"messages": [said("user", "x"), said("assistant", answer)]} for answer in answers]
+    bench.finetune(data, rank=RANK, steps=_STEPS, learning_rate=1e-6).result(_PATIENCE)
+    return {}
+
+
 def _ask(bench: Workbench, row: Setting) -> dict[str, int]:
     """One turn in each conversation, all at the same time. Returns the peaks of the phases."""
     images = [screen(seed, *row.image_size) for seed in range(row.images)]
@@ -152,5 +159,6 @@ def _ask(bench: Workbench, row: Setting) -> dict[str, int]:
     return phases
 
 
-if __name__ == "__main__":
-    print(json.dumps(measure(Setting.from_dict(json.load(sys.stdin)))), flush=True)
+def measured(row: dict[str, Any]) -> dict[str, Any]:
+    """`measure` as `bench.fresh` calls it."""
+    return measure(Setting.from_dict(row))

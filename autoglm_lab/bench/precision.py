@@ -1,4 +1,4 @@
-"""Decoding with weights in 8 and 4 bits, and what the process takes then."""
+"""Decoding with weights in 8 and 4 bits, or half of them, and what the process takes then."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.limits import read_rate, seconds_of
 from autoglm_lab.bench.prompts import prompt_of
 from autoglm_lab.bench.report import Figure, Report
-from autoglm_lab.models.quantized_products import product, why_not
-from autoglm_lab.models.weight_format import Quantized, WeightFormat
+from autoglm_lab.models.quantized_products import Packed, product, why_not
+from autoglm_lab.models.sparse_format import SparseFormat
+from autoglm_lab.models.weight_format import WeightFormat
 from autoglm_lab.opening import load
 from autoglm_lab.units import GiB
 from autoglm_lab.workbench import Workbench
 
-PRECISIONS = ("model", "int8", "int4")
+PRECISIONS = ("model", "int8", "int4", "2:4")
 _MOST = {"int8": 12.0 * GiB, "int4": 8.0 * GiB}
 _FASTER = {"int8": 1.0, "int4": 1.3}
 
@@ -47,7 +48,7 @@ def run(bench: Bench) -> Report:
     notes = [
         _HOW,
         "The process: what the driver reports after decoding, a prompt of 8,192 tokens and a reclaim.",
-        "int8: text and head; int4: the text, with embeddings and head in int8.",
+        "int8: text and head; int4: the text, with embeddings and head in int8; 2:4: the layers of the text.",
     ]
     if why_not():
         notes.append(f"The kernels could not be used: {why_not()}.")
@@ -58,7 +59,7 @@ def run(bench: Bench) -> Report:
 def _loaded(bench: Bench, precision: str) -> Iterator[Workbench]:
     name = "autoglm-tiny" if bench.small else "autoglm-phone-9b"
     bench.say(f"loading {name}, weights in {precision}")
-    quantize = None if precision == "model" else precision
+    quantize = {"model": None, "2:4": {"text": "2:4"}}.get(precision, precision)
     weights = None if bench.small else "dummy"
     with load(name, weights=weights, device=str(bench.device), quantize=quantize) as wb:
         wb.policy = wb.policy.replace(
@@ -143,16 +144,13 @@ def _products(bench: Bench, rate: float) -> list[Figure]:
         ((256, 96),) if bench.small else ((4096, 4096), (27_392, 4096), (4096, 13_696), (256, 4096), (151_552, 4096))
     )
     dtype = torch.bfloat16 if bench.cuda else torch.float32
-    kinds: tuple[Quantized, ...] = ("int8", "int4")
-    return [
-        _product(bench, WeightFormat.of(*shape, precision), rows, dtype, rate)
-        for precision in kinds
-        for shape in shapes
-        for rows in (1, 4)
-    ]
+    forms: list[Packed] = [WeightFormat.of(*shape, "int8") for shape in shapes]
+    forms += [WeightFormat.of(*shape, "int4") for shape in shapes]
+    forms += [SparseFormat(*shape, dtype) for shape in shapes]
+    return [_product(bench, form, rows, dtype, rate) for form in forms for rows in (1, 4)]
 
 
-def _product(bench: Bench, form: WeightFormat, rows: int, dtype: torch.dtype, rate: float) -> Figure:
+def _product(bench: Bench, form: Packed, rows: int, dtype: torch.dtype, rate: float) -> Figure:
     packed = torch.zeros(form.nbytes, dtype=torch.uint8, device=bench.device)
     given = torch.randn(rows, form.columns, dtype=dtype, device=bench.device)
     weight = torch.randn(form.rows, form.columns, dtype=dtype, device=bench.device)
@@ -161,7 +159,10 @@ def _product(bench: Bench, form: WeightFormat, rows: int, dtype: torch.dtype, ra
     ours = len(copies) * form.nbytes / _captured(bench, lambda: [product(given, one, form) for one in copies])
     plain = _captured(bench, lambda: torch.nn.functional.linear(given, weight))
     peers: dict[str, float | None] = {"bytes as the model, a second": weight.nbytes / plain / 1e9}
-    peers["torchao"] = _torchao(bench, weight, given, form.precision)
+    if isinstance(form, SparseFormat):
+        peers["torch's semi-structured"] = _semi_structured(bench, form, weight, given)
+    else:
+        peers["torchao"] = _torchao(bench, weight, given, form.precision)
     shape = f"{form.columns:,} to {form.rows:,}"
     return Figure(f"product of {rows} with {shape} in {form.precision}", "GB/s", ours / 1e9, peers, limit=rate / 1e9)
 
@@ -181,7 +182,7 @@ def _captured(bench: Bench, run: Callable[[], Any]) -> float:
     return seconds_of(bench.device, graph.replay)
 
 
-def _torchao(bench: Bench, weight: Tensor, given: Tensor, precision: Quantized) -> float | None:
+def _torchao(bench: Bench, weight: Tensor, given: Tensor, precision: str) -> float | None:
     """Bytes of quantised weights a second of torchao's weight-only layer; None where it is not installed or cannot."""
     if importlib.util.find_spec("torchao") is None or precision != "int8":
         return None
@@ -195,3 +196,18 @@ def _torchao(bench: Bench, weight: Tensor, given: Tensor, precision: Quantized) 
     except (RuntimeError, NotImplementedError, AssertionError, ImportError):
         return None
     return weight.numel() / seconds / 1e9
+
+
+def _semi_structured(bench: Bench, form: SparseFormat, weight: Tensor, given: Tensor) -> float | None:
+    """Bytes of kept weights a second of torch's own product, whose units for sparsity take many rows; None without."""
+    if not bench.cuda:
+        return None
+    packed = torch.zeros(form.nbytes, dtype=torch.uint8, device=weight.device)
+    form.write(packed, 0, weight)
+    pruned = form.decode(packed, 0, form.rows, weight.dtype)
+    try:
+        sparse: Any = torch.sparse.to_sparse_semi_structured(pruned)
+        seconds = _captured(bench, lambda: torch.nn.functional.linear(given, sparse))
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
+    return form.nbytes / seconds / 1e9

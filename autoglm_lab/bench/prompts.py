@@ -15,7 +15,12 @@ _WORDS = ("open", "the", "clock", "and", "tell", "me", "what", "it", "says", "th
 
 def text_of(workbench: Workbench, tokens: int, seed: int) -> str:
     """A text of ``tokens`` tokens, or of a few less where the tokenizer joins characters."""
-    tokenizer = getattr(workbench.processor, "tokenizer", workbench.processor)
+    return text_for(workbench.processor, tokens, seed)
+
+
+def text_for(processor: Any, tokens: int, seed: int) -> str:
+    """The same where there is no workbench, but a processor or tokenizer."""
+    tokenizer = getattr(processor, "tokenizer", processor)
     chance = random.Random(seed)
     text = ""
     while (missing := tokens - _count(tokenizer, text)) > 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,24 @@ from typing import Any
 
 import httpx
 
+from autoglm_lab.bench.rude_clients import KINDS, Target, be_rude
+
 _RETRIES = 200
+_POLITE = 0.5
+
+
+def run_clients(do: str, **job: Any) -> dict[str, Any]:
+    """Let clients of a process of their own do ``load``, ``soak`` or ``turns``.
+
+    Raises:
+        RuntimeError: they failed.
+    """
+    command = [sys.executable, "-m", "autoglm_lab.bench.service_clients"]
+    done = subprocess.run(command, input=json.dumps({"do": do, **job}), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the clients failed: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @dataclass
@@ -29,7 +47,7 @@ class Tally:
         tokens: written in all answers.
         first: seconds to the first piece of each answer, retries left out.
         seconds: from the first request to the last answer.
-        others: what became of clients that vanish or send garbage, by kind and status.
+        others: what became of rude clients, by kind and status, where that is in order; what is not is ``failed``.
     """
 
     right: int = 0
@@ -99,45 +117,38 @@ async def load(url: str, bodies: list[dict[str, Any]], clients: int, requests: i
         async def one(number: int) -> None:
             chance = random.Random(seed + number)
             for _ in range(requests):
-                index = chance.randrange(len(bodies))
-                piece = await ask(client, bodies[index], tally)
-                expected = alone[index]
-                if piece is None or expected is None:
-                    continue
-                tally.tokens += piece.tokens
-                tally.first.append(piece.first)
-                if piece.text == expected.text:
-                    tally.right += 1
-                else:
-                    tally.wrong += 1
+                await _checked(client, bodies, alone, chance, tally)
 
         await asyncio.gather(*(one(number) for number in range(clients)))
         tally.seconds = time.perf_counter() - began
     return tally
 
 
-async def soak(url: str, bodies: list[dict[str, Any]], clients: int, seconds: float, seed: int) -> Tally:
-    """Clients that ask, vanish in mid-stream, send garbage and go over limits, for so long."""
-    tally, end = Tally(), time.monotonic() + seconds
-    async with _client(url, clients) as client:
+async def soak(
+    url: str, key: str, bodies: list[dict[str, Any]], clients: int, seconds: float, seed: int, body_bytes: int
+) -> Tally:
+    """Clients that ask and check, beside clients of `rude_clients`, for so long; each does something at least once.
+
+    Args:
+        body_bytes: the service's limit of one body.
+    """
+    tally = Tally()
+    target = Target(url, key, bodies, body_bytes)
+    async with _client(url, clients, key) as client:
         alone = [await ask(client, body, tally) for body in bodies]
 
         async def one(number: int) -> None:
             chance = random.Random(seed + number)
-            while time.monotonic() < end:
-                kind = chance.choice(["ask", "ask", "vanish", "garbage", "limit"])
-                index = chance.randrange(len(bodies))
-                if kind == "ask":
-                    piece, expected = await ask(client, bodies[index], tally), alone[index]
-                    if piece is not None and expected is not None:
-                        tally.first.append(piece.first)
-                        tally.right += piece.text == expected.text
-                        tally.wrong += piece.text != expected.text
-                elif kind == "vanish":
-                    tally.note(tally.others, await _vanish(url, bodies[index], chance.random()))
+            while True:
+                if chance.random() < _POLITE:
+                    await _checked(client, bodies, alone, chance, tally)
                 else:
-                    tally.note(tally.others, await _bad(client, kind, chance))
+                    came, fine = await be_rude(target, chance.choice(list(KINDS)), chance)
+                    tally.note(tally.others if fine else tally.failed, came)
+                if time.monotonic() - began > seconds:
+                    return
 
+        began = time.monotonic()
         await asyncio.gather(*(one(number) for number in range(clients)))
     tally.seconds = seconds
     return tally
@@ -177,43 +188,30 @@ async def turns(url: str, model: str | None, prompts: list[str], new: list[str],
     return found
 
 
-def _client(url: str, connections: int) -> httpx.AsyncClient:
+def _client(url: str, connections: int, key: str | None = None) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=connections + 1, max_keepalive_connections=connections + 1)
-    return httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False)
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    return httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False)
 
 
-async def _vanish(url: str, body: dict[str, Any], share: float) -> str:
-    """Ask, read some lines, and close the connection."""
-    try:
-        async with (
-            _client(url, 1) as client,
-            client.stream("POST", "chat/completions", json={**body, "stream": True}) as response,
-        ):
-            lines = 0
-            async for _ in response.aiter_lines():
-                lines += 1
-                if lines > 20 * share:
-                    break
-    except httpx.HTTPError as error:
-        return f"vanish {type(error).__name__}"
-    return f"vanish {response.status_code}"
-
-
-async def _bad(client: httpx.AsyncClient, kind: str, chance: random.Random) -> str:
-    """Send what cannot be answered."""
-    content = chance.randbytes(2000) if kind == "garbage" else b""
-    if kind == "limit":
-        bodies: list[dict[str, Any]] = [
-            {"messages": [{"role": "user", "content": "word " * 20_000}]},
-            {"messages": [{"role": "user", "content": "Hi"}], "n": 9},
-            {"model": "none", "messages": [{"role": "user", "content": "Hi"}]},
-        ]
-        content = json.dumps(chance.choice(bodies)).encode()
-    try:
-        response = await client.post("chat/completions", content=content, headers={"content-type": "application/json"})
-    except httpx.HTTPError as error:
-        return f"{kind} {type(error).__name__}"
-    return f"{kind} {response.status_code}"
+async def _checked(
+    client: httpx.AsyncClient,
+    bodies: list[dict[str, Any]],
+    alone: list[Piece | None],
+    chance: random.Random,
+    tally: Tally,
+) -> None:
+    """Ask one of ``bodies`` and compare the answer with the one that a client got alone."""
+    index = chance.randrange(len(bodies))
+    piece, expected = await ask(client, bodies[index], tally), alone[index]
+    if piece is None or expected is None:
+        return
+    tally.tokens += piece.tokens
+    tally.first.append(piece.first)
+    if piece.text == expected.text:
+        tally.right += 1
+    else:
+        tally.wrong += 1
 
 
 def main() -> None:

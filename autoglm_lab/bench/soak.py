@@ -35,8 +35,8 @@ def run(bench: Bench) -> Report:
     bench.say("warm-up")
     _warm_up(wb, scale)
     if bench.minutes is not None:
-        _fill_ring(wb)
-    before = _at_rest(wb)
+        fill_ring(wb)
+    before = at_rest(wb)
     traffic = Traffic(wb, scale, _SEED)
     seconds, requests = _extent(bench)
     samples: list[tuple[float, int]] = []
@@ -53,7 +53,7 @@ def run(bench: Bench) -> Report:
     traffic.land()
     bench.say(f"{len(traffic.cases)} answers once more, alone")
     shared = _again(wb, traffic.cases)
-    after = _at_rest(wb)
+    after = at_rest(wb)
     wb.policy = wb.policy.replace(budget=None)
     crashed = len(traffic.crashes)
     figures = [
@@ -103,7 +103,7 @@ def _warm_up(wb: Workbench, scale: Scale) -> None:
             turn.result(300)
 
 
-def _fill_ring(wb: Workbench) -> None:
+def fill_ring(wb: Workbench) -> None:
     """As many samples as the workbench keeps, so that it is not their number that grows."""
     kept = -1
     while kept < (kept := len(wb.sampler.samples())):
@@ -111,7 +111,7 @@ def _fill_ring(wb: Workbench) -> None:
             wb.sampler.sample()
 
 
-def _at_rest(wb: Workbench) -> Ledger:
+def at_rest(wb: Workbench) -> Ledger:
     """The ledger with nothing kept: no conversation, empty stores, every module on the device."""
     policy = wb.policy
     for info in wb.conversations:

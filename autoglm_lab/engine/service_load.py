@@ -75,7 +75,9 @@ def llama_load(text: str, slots: Any) -> ServiceLoad:
     found = _Samples(text)
     known = [slot for slot in slots if isinstance(slot, Mapping)] if isinstance(slots, list) else []
     capacity = _total(known, lambda slot: slot.get("n_ctx"))
-    used = _total(known, lambda slot: slot.get("n_past", slot.get("n_prompt_tokens_cache")))
+    # What a slot holds stood in n_past once; one that never was asked has neither.
+    used = _total(known, lambda slot: slot.get("n_past", slot.get("n_prompt_tokens", 0)))
+    found_tokens, read_tokens = (found.count(f"llamacpp:prompt_tokens{name}_total") for name in ("_cached", ""))
     running = found.count("llamacpp:requests_processing")
     if running is None and known:
         running = sum(bool(slot.get("is_processing")) for slot in known)
@@ -85,6 +87,7 @@ def llama_load(text: str, slots: Any) -> ServiceLoad:
         kv_tokens=used,
         running=running,
         waiting=found.count("llamacpp:requests_deferred"),
+        prefix_hits=_ratio(found_tokens, (found_tokens or 0) + (read_tokens or 0)),
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from autoglm_lab.models.lean_layers import decoder_of
+from autoglm_lab.models.quantized_linear import QuantizedLinear
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -34,10 +35,10 @@ def core_of(model: Any) -> tuple[nn.Module, nn.Linear] | None:
     text = model.config.get_text_config()
     extras = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier_scale")
     plain = not any(getattr(text, name, None) for name in extras)
-    if not isinstance(base, nn.Module) or type(head) is not nn.Linear or not plain:
+    if not isinstance(base, nn.Module) or type(head) not in {nn.Linear, QuantizedLinear} or not plain:
         return None
     takes = inspect.signature(type(base).forward).parameters
-    return (base, head) if "input_ids" in takes else None
+    return (base, cast("nn.Linear", head)) if "input_ids" in takes else None
 
 
 def _holds(one: nn.Module, other: nn.Module) -> bool:

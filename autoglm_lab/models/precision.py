@@ -1,8 +1,8 @@
 """The precision of each module's weights: what is swapped in a model before they come, and the bytes of each.
 
-A module in ``int8`` or ``int4`` keeps its linear layers (and, always in int8, its embeddings) quantised; the rest of it
-(norms, biases, convolutions) stays as it was. One in ``2:4`` keeps of its linear layers two of every four numbers, as
-they were. A module in a floating-point precision has its tensors in that dtype.
+A module in ``int8``, ``int4`` or ``nf4`` keeps its linear layers (and, always in int8, its embeddings) quantised; the
+rest of it (norms, biases, convolutions) stays as it was. One in ``2:4`` keeps of its linear layers two of every four
+numbers, as they were. A module in a floating-point precision has its tensors in that dtype.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from autoglm_lab.errors import LoadError, PolicyError
+from autoglm_lab.errors import LoadError, PolicyError, TrainingError
 from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors
 from autoglm_lab.models.loading import Resolved
 from autoglm_lab.models.module_dtype import join_dtypes
@@ -24,14 +24,15 @@ from autoglm_lab.models.sparse_format import Sparse, SparseFormat
 from autoglm_lab.models.tensor_sources import PackedTensor
 from autoglm_lab.models.weight_format import Quantized, WeightFormat
 
-Precision = Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "2:4"]
+Precision = Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "nf4", "2:4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MIXED: dict[str, dict[str, Precision]] = {
     "int8": {"text": "int8", "head": "int8"},
     "int4": {"text": "int4", "head": "int8"},
+    "nf4": {"text": "nf4", "head": "int8"},
 }
-"""What ``quantize="int8"`` and ``"int4"`` stand for: a head is a small share of the bytes, and the most sensitive."""
+"""What ``quantize="int8"``, ``"int4"`` and ``"nf4"`` stand for: a head is a small share, and the most sensitive."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,16 @@ def precisions_of(model: nn.Module) -> dict[str, Precision]:
     """What `convert` was asked for on this model; empty: nothing."""
     found: dict[str, Precision] = model.__dict__.get("_lab_precisions", {})
     return dict(found)
+
+
+def check_can_learn(model: nn.Module, modules: Collection[str]) -> None:
+    """Raise `TrainingError` where weights of these modules are kept so that they cannot learn."""
+    for name, precision in precisions_of(model).items():
+        if name in modules and precision not in (*FLOATS, "model"):
+            raise TrainingError(
+                f"the weights of '{name}' are kept in {precision} and cannot learn themselves: learn adapters on them "
+                "(method 'lora'), or load the model in its own precision"
+            )
 
 
 def made_in(model: nn.Module) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -97,7 +99,22 @@ class _Product(torch.autograd.Function):
         return product_backward(gradient, packed, context.form), None, None
 
 
+_without_numbers: ContextVar[bool] = ContextVar("without_numbers", default=False)
+
+
+@contextlib.contextmanager
+def shapes_alone() -> Iterator[None]:
+    """Meanwhile ``weight`` of a quantised layer has a shape, a dtype and a device, but no numbers: nothing decodes."""
+    before = _without_numbers.set(True)
+    try:
+        yield
+    finally:
+        _without_numbers.reset(before)
+
+
 def _whole(form: Packed, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    if _without_numbers.get():
+        return packed.new_zeros((), dtype=dtype).expand(form.rows, form.columns)
     if packed.is_meta:
         return torch.empty(form.rows, form.columns, dtype=dtype, device="meta")
     return form.decode(packed, 0, form.rows, dtype)
@@ -122,7 +139,7 @@ def _multiplies(layer: QuantizedLinear, kind: str, like: Tensor | None) -> Calla
         empty = (inputs if like is None else like).new_empty
         rows, dtype = inputs.numel() // layer.in_features, inputs.dtype
         result = empty(*inputs.shape[:-1], layer.out_features, dtype=dtype)
-        if kind == "cpu" or rows > FEW_ROWS:
+        if kind == "cpu" or rows > FEW_ROWS or layer.form.precision == "nf4":
             step = min(layer.out_features, slice_rows(layer.form, dtype))
             decoded = empty(step, layer.in_features, dtype=dtype)
             part = empty(rows, step, dtype=dtype) if step < layer.out_features else None

@@ -182,6 +182,8 @@ def _has_kernels(packed: Tensor, form: Packed) -> bool:
     """Whether the kernels of a format run here. Found out once; else slices are decoded for a single row too."""
     if not packed.is_cuda and (packed.is_meta or os.environ.get("TRITON_INTERPRET") != "1"):
         return False
+    if isinstance(form, WeightFormat) and form.precision == "nf4":
+        return False  # `nf4.decode` has one of its own, for any number of rows
     if type(packed) is not Tensor or not _triton():  # what is a kind of its own, as tensors without data are, stays so
         return False
     kind = type(form)

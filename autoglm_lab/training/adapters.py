@@ -19,6 +19,7 @@ from torch import nn
 from autoglm_lab.errors import TrainingError
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.models.decoder_layers import linear_layers
+from autoglm_lab.models.quantized_linear import QuantizedLinear, shapes_alone
 
 _PREFIX = "base_model.model."
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -71,7 +72,18 @@ class Adapters:
         self.on = on
 
     def merge(self) -> int:
-        """Add every adapter to the weights it stands on, and take it off. Returns bytes that this frees."""
+        """Add every adapter to the weights it stands on, and take it off. Returns bytes that this frees.
+
+        Raises:
+            TrainingError: one stands on weights that are kept quantised.
+        """
+        for layer in self._layers():
+            frozen = layer.get_base_layer()
+            if isinstance(frozen, QuantizedLinear):
+                raise TrainingError(
+                    f"the adapter cannot be merged into weights kept in {frozen.form.precision}: they would be "
+                    "rounded again. Keep it on, or save it, load the model in its own precision, and merge it there"
+                )
         with torch.inference_mode(mode=False), torch.no_grad():
             for layer in self._layers():
                 base: Any = layer.get_base_layer()
@@ -133,7 +145,7 @@ class Adapters:
             yield row
 
     def _inject(self, name: str, config: LoraConfig) -> None:
-        with torch.inference_mode(mode=False), warnings.catch_warnings():
+        with torch.inference_mode(mode=False), warnings.catch_warnings(), shapes_alone():
             warnings.simplefilter("ignore")  # of tied weights, which only merging would touch
             try:
                 inject_adapter_in_model(config, self._model, adapter_name=name)

@@ -20,6 +20,7 @@ from autoglm_lab.errors import EngineClosedError, OutOfMemoryError, TrainingErro
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.models.decoder_layers import decoder_layers
+from autoglm_lab.models.precision import check_can_learn
 from autoglm_lab.training.adapters import Adapters, chosen_layers
 from autoglm_lab.training.course import Course
 from autoglm_lab.training.dataset import Dataset, Problem
@@ -175,6 +176,7 @@ class Finetuning:
             unknown = [name for name in course.modules if name not in state.residency]
             if unknown:
                 raise TrainingError(f"this model has no module '{unknown[0]}': it has {', '.join(state.residency)}")
+            check_can_learn(state.model, course.modules)
             specs = {name for spec in state.residency.specs if spec.name in course.modules for name in spec.tensors}
             found = {name: value for name, value in state.model.named_parameters() if name in specs}
         else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autoglm_lab.models.chunked_loss import IGNORED, next_token_loss
 from autoglm_lab.models.decoder_layers import core_of
+from autoglm_lab.models.precision import dtype_of
 from autoglm_lab.training.examples import Example, Examples
 from autoglm_lab.training.layers import Layers
 from autoglm_lab.training.settings import StepSettings
@@ -37,7 +38,7 @@ class Step:
         self.settings = settings
         self._core = core_of(model)
         self._device = next(model.parameters()).device
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = dtype_of(model, None)
         self._half = dtype if dtype in (torch.bfloat16, torch.float16) else None
 
     def run(self, dialogues: Sequence[Example]) -> Tensor:

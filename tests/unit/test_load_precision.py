@@ -92,5 +92,5 @@ def test_what_does_not_exist_is_refused() -> None:
         lab.load("autoglm-tiny", device="cpu", quantize={"txt": "int8"})
     with pytest.raises(PolicyError, match=r"or '2:4' \(got 'int2'\)"):
         lab.load("autoglm-tiny", device="cpu", quantize={"text": "int2"})
-    with pytest.raises(PolicyError, match="quantize 'nf4' is none of int8, int4"):
-        lab.load("autoglm-tiny", device="cpu", quantize="nf4")
+    with pytest.raises(PolicyError, match="quantize 'nf3' is none of int8, int4, nf4"):
+        lab.load("autoglm-tiny", device="cpu", quantize="nf3")

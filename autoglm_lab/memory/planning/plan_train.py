@@ -15,7 +15,7 @@ from autoglm_lab.memory.planning.training_trace import trace
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.decoder_layers import decoder_layers, linear_layers
 from autoglm_lab.models.loading import Outline
-from autoglm_lab.models.precision import made_in
+from autoglm_lab.models.precision import check_can_learn, made_in, precisions_of
 from autoglm_lab.policy import TrainingPolicy
 from autoglm_lab.schedule import LEAST_BYTES, Keeping, keepings, recomputed
 
@@ -100,15 +100,21 @@ class TrainingCosts:
     def __init__(self, outline: Outline, kind: Kind) -> None:
         self._model: Any = outline.model
         self._dtype, self._kind = made_in(outline.model), kind
+        self._precisions = precisions_of(outline.model)
         self.layers = len(decoder_layers(self._model))
         self._steps: dict[tuple[TrainingLoad, int, int], StepCost] = {}
 
     def learning(self, load: TrainingLoad, optimizer: str) -> Learning:
-        """What stands for all of the training, counted as training allocates it."""
+        """What stands for all of the training, counted as training allocates it.
+
+        Raises:
+            TrainingError: the weights are to learn themselves, and are kept so that they cannot.
+        """
         if load.method == "lora":
             found = [self._model.get_submodule(name) for name in linear_layers(self._model)]
             shapes = [(count * load.rank, 4) for one in found for count in _ends(one)]
         else:
+            check_can_learn(self._model, ("text",))
             names = {name for spec in anatomy(self._model) if spec.name == "text" for name in spec.tensors}
             learns = (value for name, value in self._model.named_parameters() if name in names)
             shapes = [(value.numel(), value.element_size()) for value in learns]
@@ -145,7 +151,7 @@ class TrainingCosts:
         few, more = (
             trace(
                 self._model.config, self._dtype, self._kind, layers, load, micro_batch=micro_batch,
-                loss_chunk=loss_chunk,
+                loss_chunk=loss_chunk, precisions=self._precisions,
             )
             for layers in (_LAYERS, 2 * _LAYERS)
         )  # fmt: skip

@@ -341,8 +341,6 @@ class Planner:
         if workload.training is not None:
             failed = self._step_cost(policy, workload.training)[1]
             notes += [failed] if failed else ["all dialogues count as equally long, and all of their tokens as learnt"]
-            if policy.precisions():
-                notes.append("activations are those of weights that are not rounded")
         if self.device.estimated:
             notes.append("estimated: context, workspaces and kernels were measured on another kind of device")
         return tuple(notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,9 @@ from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.chunked_loss import next_token_loss
 from autoglm_lab.models.decoder_layers import core_of, linear_layers
+from autoglm_lab.models.precision import convert
+from autoglm_lab.models.quantized_linear import QuantizedEmbedding, QuantizedLinear
+from autoglm_lab.models.quantized_products import slice_rows
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.schedule import LEAST_BYTES
 
@@ -58,15 +61,21 @@ def trace(
     *,
     micro_batch: int,
     loss_chunk: int,
+    precisions: Mapping[str, str] | None = None,
 ) -> TrainingTape:
     """Record a micro-batch of dialogues that are equally long, and all of whose tokens have labels.
+
+    Args:
+        precisions: of the weights, by module (`precision.convert`).
 
     Raises:
         LoadError, RuntimeError: the model's code cannot be run without data.
     """
     model: Any = skeleton(shortened(config, layers), dtype)
+    convert(model, precisions or {})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     without_data(model, mode)
+    _without_codes(model, kind, mode)
     learning = _learning(model, load, mode)
     recorder = Recorder(mode, model)
     recorder.ignore(*learning, *(one.grad for one in learning if one.grad is not None))
@@ -143,7 +152,7 @@ def _adapted(linear: nn.Linear, load: TrainingLoad, mode: FakeTensorMode) -> lis
     with mode:
         down = nn.Parameter(torch.empty(load.rank, linear.in_features, dtype=torch.float32))
         up = nn.Parameter(torch.empty(linear.out_features, load.rank, dtype=torch.float32))
-    plain: Callable[[Tensor], Tensor] = type(linear).forward.__get__(linear)
+    plain: Callable[[Tensor], Tensor] = linear.__dict__.get("forward") or type(linear).forward.__get__(linear)
 
     def forward(hidden: Tensor) -> Tensor:
         result = plain(hidden)
@@ -152,6 +161,50 @@ def _adapted(linear: nn.Linear, load: TrainingLoad, mode: FakeTensorMode) -> lis
 
     linear.__dict__["forward"] = forward
     return [down, up]
+
+
+def _without_codes(model: nn.Module, kind: Literal["cuda", "cpu"], mode: FakeTensorMode) -> None:
+    """Quantised weights without data. On a CPU the layers' own code tells what decoding allocates; CUDA's kernels are
+    stood in for.
+    """
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+            with mode:
+                layer.packed = torch.empty(layer.packed.numel(), dtype=torch.uint8)
+        if isinstance(layer, QuantizedLinear) and kind == "cuda":
+            layer.__dict__["forward"] = _decoding(layer)
+
+
+def _decoding(layer: QuantizedLinear) -> Callable[[Tensor], Tensor]:
+    def forward(hidden: Tensor) -> Tensor:
+        result: Tensor = _Decoded.apply(hidden.reshape(-1, layer.in_features), layer)  # type: ignore[no-untyped-call]
+        if layer.bias is not None:
+            result = result + layer.bias
+        return result.view(*hidden.shape[:-1], layer.out_features)
+
+    return forward
+
+
+class _Decoded(torch.autograd.Function):
+    """What a product with a quantised weight allocates on CUDA, there and back, without numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        step = min(layer.out_features, slice_rows(layer.form, rows.dtype))
+        result = rows.new_empty(rows.shape[0], layer.out_features)
+        decoded = rows.new_empty(step, layer.in_features)
+        part = rows.new_empty(rows.shape[0], step) if step < layer.out_features else None
+        del decoded, part
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        layer: QuantizedLinear = ctx.layer
+        result = slope.new_empty(slope.shape[0], layer.in_features)
+        decoded = slope.new_empty(min(layer.out_features, slice_rows(layer.form, slope.dtype)), layer.in_features)
+        del decoded
+        return result, None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from autoglm_lab.bench.plan import Outcome, Plans, landing
 from autoglm_lab.bench.plan_models import FAMILIES, made_up_processor
 from autoglm_lab.bench.plan_rows import GEMMA, PHONE, QWEN, Setting
 from autoglm_lab.bench.plan_worker import measure
+from autoglm_lab.errors import LabError
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, MiB
@@ -102,6 +103,49 @@ def test_a_budget_is_to_be_held_or_broken() -> None:
     above = replace(row, expected=False)
     assert outcome(above, outcome="out of memory").meets is True
     assert outcome(above).meets is False
+
+
+def test_a_training_is_measured_as_a_row() -> None:
+    (row,) = plan_rows.chosen(plan_rows.small(), "train")
+    told = measure(row)
+    assert told["outcome"] == "done"
+    assert told["process"] > told["context"]
+    predicted, _ = Plans(Bench(small=True, say=lambda _: None)).of(row)
+    assert [phase.name for phase in predicted.phases] == ["load", "train"]
+    assert predicted["train"].of("optimiser states") > 0
+    kinds = {one.settings["training"]["checkpointing"] for one in plan_rows.accuracy() if one.train}
+    assert kinds == {"none", "every-k", "every-layer"}
+
+
+def test_rows_are_predicted_where_there_is_no_gpu_and_compared_where_there_is(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "there.json"
+    with Bench(small=True, predict_only=True, rows="512 tokens", say=lambda _: None) as session:
+        foretold = plan.run(session)
+    (figure,) = foretold.figures
+    file.write_text(json.dumps({"reports": {"plan": foretold.to_dict()}}))
+    assert figure.ours is not None
+    assert plan.read_predicted(file) == {"tiny, 512 tokens": figure.ours}
+    monkeypatch.setattr(plan, "_measured", lambda row: dict(outcome(row).measured))
+    bench.predicted = file
+    assert plan.run(bench).figures[-1].ours == 0
+    file.write_text(json.dumps({"reports": {"plan": {"figures": [{"name": "tiny, 512 tokens", "ours": 1000}]}}}))
+    apart = plan.run(bench).figures[-1]
+    assert apart.name == "largest difference from 1 predictions made without a GPU"
+    assert apart.ours == pytest.approx(100 * (figure.ours / 1000 - 1))
+    file.write_text("{}")
+    with pytest.raises(LabError, match=r"holds no predictions \(KeyError\): .*--predict-only --json FILE"):
+        plan.run(bench)
+
+
+def test_without_a_gpu_true_sizes_are_predicted_for_the_card_that_they_were_measured_on() -> None:
+    with Bench(predict_only=True, say=lambda _: None) as session:
+        assert not session.small
+        assert plan._where(session).name == ("H200" if not session.cuda else plan._where(session).name)
+    if not torch.cuda.is_available():
+        with pytest.raises(LabError, match="a full run needs a GPU"):
+            Bench(small=False)
 
 
 def test_prompts_land_just_below_and_above_a_cap(bench: Bench) -> None:

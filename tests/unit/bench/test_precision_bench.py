@@ -9,10 +9,11 @@ def test_it_runs_small_and_judges_nothing() -> None:
         report = run(bench)
     figures = {figure.name: figure for figure in report.figures}
     held = {
-        precision: figures[f"weights on the device, in {precision}"].ours for precision in ("model", "int8", "int4")
+        precision: figures[f"weights on the device, in {precision}"].ours or 0
+        for precision in ("model", "int8", "int4", "2:4")
     }
-    assert (held["int4"] or 0) < (held["int8"] or 0) < (held["model"] or 0)
-    for precision in ("int8", "int4"):
+    assert held["int4"] < held["int8"] < held["2:4"] < held["model"]
+    for precision in ("int8", "int4", "2:4"):
         decoding = figures[f"decoding, batch 1, weights in {precision}"]
         assert decoding.ours
         assert decoding.peers["as the model"] == figures["decoding, batch 1, weights in model"].ours

@@ -13,7 +13,7 @@ import autoglm_lab as lab
 from autoglm_lab.engine.remote.dialect import TRANSFORMERS
 from autoglm_lab.engine.remote.link import Link
 from autoglm_lab.engine.remote.peer import find_peer
-from autoglm_lab.engine.service_load import sglang_load
+from autoglm_lab.engine.service_load import llama_load, sglang_load
 from autoglm_lab.errors import EndpointError
 from tests.unit.engine import peers
 from tests.unit.engine.peers import Peer, PeerServer
@@ -120,3 +120,14 @@ def test_requests_that_sglang_counts_again_by_priority_are_counted_once() -> Non
         for priority, count in (("", 3), ("0", 2), ("5", 1))
     )
     assert sglang_load(by_priority).running == 3
+
+
+def test_what_llama_server_holds_is_read_from_its_slots() -> None:
+    metrics = "llamacpp:prompt_tokens_total 300\nllamacpp:prompt_tokens_cached_total 100\n"
+    slots = [
+        {"id": 0, "n_ctx": 2048, "is_processing": True, "n_prompt_tokens": 400, "n_prompt_tokens_cache": 100},
+        {"id": 1, "n_ctx": 2048, "is_processing": False},  # never asked
+    ]
+    load = llama_load(metrics, slots)
+    assert (load.kv_tokens, load.kv_capacity, load.running, load.prefix_hits) == (400, 4096, 1, 0.25)
+    assert llama_load("llamacpp:prompt_tokens_total 300\n", slots).prefix_hits is None

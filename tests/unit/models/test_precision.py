@@ -125,7 +125,7 @@ def test_a_short_name_stands_for_text_and_head() -> None:
     assert spelled_out("int8", ["text"]) == {"text": "int8"}
     assert spelled_out({"vision": "int8"}, ["vision"]) == {"vision": "int8"}
     assert spelled_out(None, ["text"]) == {}
-    with pytest.raises(PolicyError, match="quantize 'int2' is none of int8, int4, nor a precision for each module"):
+    with pytest.raises(PolicyError, match="quantize 'int2' is none of int8, int4, nf4, nor a precision"):
         spelled_out("int2", ["text"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from typing import Any
 
 import pytest
@@ -37,17 +36,6 @@ def test_a_wrong_answer_is_found(wb: lab.Workbench, served: Serving, monkeypatch
     monkeypatch.setattr(service_clients, "ask", changing)
     tally = asyncio.run(load(served.url, BODIES[:1], clients=2, requests=1, seed=1))
     assert (tally.right, tally.wrong) == (0, 2)
-
-
-def test_bad_clients_are_told_so(wb: lab.Workbench, served: Serving) -> None:
-    async def scene() -> list[str]:
-        chance = random.Random(3)
-        async with service_clients._client(served.url, 1) as client:
-            kinds = ["garbage", "limit", "limit", "limit"]
-            return [await service_clients._bad(client, kind, chance) for kind in kinds]
-
-    assert set(asyncio.run(scene())) <= {"garbage 400", "limit 400", "limit 404"}
-    assert asyncio.run(service_clients._vanish(served.url, BODIES[0], 0.1)) == "vanish 200"
 
 
 def test_second_turns_are_timed_cold_warm_and_held(wb: lab.Workbench, served: Serving) -> None:
