@@ -67,21 +67,25 @@ class StepCost:
     cached: int
 
     def peak(self, kept: Sequence[Keeping], *, moves: bool) -> int:
-        """The most bytes in tensors at a time.
+        """The most bytes in tensors at a time."""
+        return max(self.passes(kept, moves=moves))
+
+    def passes(self, kept: Sequence[Keeping], *, moves: bool) -> tuple[int, int]:
+        """The most bytes in tensors at a time: until the loss is there, and from then on.
 
         Args:
             moves: whether the host is other memory than the device.
         """
         sizes = [self._kept(one, moves=moves) for one in kept]
         total = self.rest + sum(sizes)
-        found = [total + self.loss, self.tail]
+        forward, found = total + self.loss, [self.tail]
         for one, size in zip(reversed(kept), reversed(sizes), strict=True):
             again = self.layer if one.recompute else 0
             # A layer comes back from the host before it is needed, and the one before it with it.
             back = 2 * self._whole(one) if moves and one.on_host else 0
             found.append(total + self.backward + again + back)
             total -= size
-        return max(found)
+        return forward, max(found)
 
     def on_host(self, kept: Sequence[Keeping]) -> int:
         """Bytes that wait on the host."""
