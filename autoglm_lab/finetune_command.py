@@ -31,6 +31,10 @@ def finetune(
     strict: Annotated[bool, typer.Option("--strict", help="A bad line is an error.")] = False,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="cuda:0, cpu. Default: the first GPU.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="PRECISION", help="Weights beneath the adapters: nf4, int8 or int4."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the data's order and the adapter's first values.")] = 0,
 ) -> None:
     """Fine-tune a model inside a budget. Ctrl-C stops after the step under way and writes a checkpoint."""
@@ -50,7 +54,7 @@ def finetune(
     )  # fmt: skip
     dataset = read_dataset(data, strict=strict)
     policy = MemoryPolicy() if policy_file is None else MemoryPolicy.from_yaml(policy_file)
-    with load(model, policy=policy, budget=budget, device=device, dtype=dtype) as wb:
+    with load(model, policy=policy, budget=budget, device=device, dtype=dtype, quantize=quantize) as wb:
         run = wb.tuner.begin(dataset, course, strict=strict, watch=_say)
         before = signal.signal(signal.SIGINT, lambda *_: run.stop())
         try:

@@ -69,7 +69,7 @@ def soak_figures(bench: Bench, workbench: Workbench, bodies: list[dict[str, Any]
     """
     seconds = bench.soak or 0.0
     # What is kept between turns is to be full early, so that what still grows is not that.
-    workbench.policy = workbench.policy.replace(kv={"prefix_bytes": 16 * MiB, "encoder_bytes": 2 * MiB})
+    workbench.policy = workbench.policy.replace(kv={"prefix_bytes": 4 * MiB, "encoder_bytes": MiB})
     bench.say("soak: warm-up")
     _served(workbench, bodies, min(_WARM_SECONDS, seconds), _SEED + 1000, [])
     if seconds >= _JUDGED_SECONDS:

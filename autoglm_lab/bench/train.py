@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from autoglm_lab.bench import train_nf4
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.report import Figure, Report
 from autoglm_lab.models.decoder_layers import decoder_layers, linear_layers
@@ -61,7 +62,7 @@ def run(bench: Bench) -> Report:
     finally:
         for name, one in wb.model.named_parameters():
             one.requires_grad_(asked[name])
-    return _report(bench, tokens, found)
+    return _report(bench, tokens, found, *train_nf4.figures(bench, tokens))
 
 
 def _costs(bench: Bench, wb: Any, ids: Sequence[int], times: int) -> dict[str, Cost]:
@@ -198,7 +199,7 @@ def _tensors(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
-def _report(bench: Bench, tokens: int, found: dict[str, Cost]) -> Report:
+def _report(bench: Bench, tokens: int, found: dict[str, Cost], on_nf4: list[Figure], how_nf4: str) -> Report:
     plain = found["Trainer"].seconds
     peers = {"Trainer": found["Trainer"], "Trainer, checkpointing": found["Trainer, checkpointing"]}
     bars = {"every layer computed again": _SLOWER, "partly offloaded": _SLOWER_OFFLOADED}
@@ -225,10 +226,11 @@ def _report(bench: Bench, tokens: int, found: dict[str, Cost]) -> Report:
             figures.append(Figure(f"{name}: activations to the host a step", "B", cost.moved, {}))
     return bench.report(
         "train",
-        figures,
+        [*figures, *on_nf4],
         f"{tokens:,} tokens, one dialogue, every token learnt; adapters of rank {_RANK} on every linear layer of the "
         "text module, AdamW; the median of the steps after two.",
         "Peak: what torch's allocator gave out at most, less what it had with the adapters alone: gradients, states of "
         "the optimiser and activations. The weights lie elsewhere, on both sides.",
         "Trainer: transformers' own over peft, as bf16=True has it; with checkpointing, gradient_checkpointing=True.",
+        how_nf4,
     )

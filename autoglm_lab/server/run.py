@@ -20,6 +20,8 @@ from autoglm_lab.server.service import Service
 
 _START_SECONDS = 30.0
 _AFTER_DRAIN = 5.0
+# Longer than clients keep an idle connection (httpx: 5 s): who closes first must not be the one who may be asked.
+_KEEP_ALIVE = 75
 
 
 class Serving:
@@ -48,6 +50,7 @@ class Serving:
             access_log=False,
             server_header=False,
             lifespan="off",
+            timeout_keep_alive=_KEEP_ALIVE,
             ws_max_size=settings.body_bytes,
             ws="websockets-sansio",
             timeout_graceful_shutdown=round(settings.drain_seconds + _AFTER_DRAIN),
@@ -128,8 +131,9 @@ class _Server(uvicorn.Server):
 
 def _bound(host: str, port: int) -> socket.socket:
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio sends small pieces at once only where the protocol is said; else each waits 40 ms for an answer.
+        listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise LabError(f"serve: there is no address {host!r}: {error.strerror}") from None
     try:

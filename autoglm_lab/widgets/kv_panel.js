@@ -68,8 +68,10 @@ export default panel({
     const share = h("span", { class: "algm-dim algm-num" });
     const inexact = lossy();
     // What it cost when it was measured, beside the switch that takes it.
-    const cost = h("span", { class: "algm-dim algm-small", "data-cost": "precision" });
-    const cut = h("span", { class: "algm-dim algm-small", "data-cost": "window" }, ui.t("cost window"));
+    const measured = { class: "algm-dim algm-small", title: ui.t("measured hint") };
+    const cost = h("span", { ...measured, "data-cost": "precision" });
+    const cut = h("span", { ...measured, "data-cost": "window" }, ui.t("cost window"));
+    const dropped = row("", h("span", { ...measured, "data-cost": "turns" }, ui.t("cost drop-oldest-turns")));
     const kept = h("span", { class: "algm-dim algm-num" }),
       keptHost = h("span", { class: "algm-dim algm-num" }),
       keptMedia = h("span", { class: "algm-dim algm-num" });
@@ -103,6 +105,7 @@ export default panel({
       h("div", { class: "algm-row" }, h("span", { class: "algm-label" }, ui.t("limit")), slider, figure),
       row(ui.t("when full"), full.node),
       sliding,
+      dropped,
       row(ui.t("precision"), h("span", { class: "algm-flow" }, precision.node, share, inexact, cost)),
       h(
         "div",
@@ -165,6 +168,7 @@ export default panel({
       full.set(state.overflow, off("overflow"));
       full.disable("window", !state.paged, ui.t("not paged"));
       sliding.hidden = state.overflow !== "window";
+      dropped.hidden = state.overflow !== "drop-oldest-turns" || state.max_tokens === null;
       sinks.set(state.sinks, off("sinks"));
       precision.set(state.precision, off("precision") || !state.paged);
       share.textContent = bytesOf(1) ? ui.t("a token", { bytes: formatBytes(bytesOf(1)) }) : "";

@@ -31,12 +31,15 @@ export default panel({
       options: ["model", "int8", "int4"].map((one) => [one, ui.t(`weights ${one}`), ui.t(`weights ${one} hint`)]),
     });
     const next = h("span", { class: "algm-dim algm-small", "data-next": "load", "aria-live": "polite" });
+    // What it cost when it was measured, beside the switch that takes it.
+    const cost = h("span", { class: "algm-dim algm-small", "data-cost": "weights", title: ui.t("measured hint") });
     const weights = h(
       "div",
       { class: "algm-row algm-foot" },
       h("span", { class: "algm-label" }, ui.t("precision")),
       precision.node,
       next,
+      cost,
     );
     const node = h("div", {}, h("h4", {}, ui.t("title")), list, foot, weights);
     const lines = new Map();
@@ -117,6 +120,8 @@ export default panel({
       weights.hidden = !state.in_kernel;
       precision.set(state.wanted, ui.busy("precision"));
       next.hidden = state.wanted === state.precision;
+      cost.hidden = state.wanted === "model";
+      cost.textContent = cost.hidden ? "" : ui.t(`cost ${state.wanted}`);
       const bytes = formatBytes(Math.abs(state.frees));
       const load = state.wanted === "model" ? "lab.load(…)" : `lab.load(…, quantize="${state.wanted}")`;
       next.textContent = next.hidden ? "" : ui.t(state.frees < 0 ? "next load takes" : "next load frees", { bytes, load });

@@ -151,6 +151,7 @@ export default panel({
     }
     function alternative(one) {
       const costs = one.costs.map((cost) => ui.t(`cost ${cost}`)).join("; ");
+      const measured = one.measured.map((switched) => ui.t(`measured ${switched}`)).join("\n");
       const apply = button(ui.t("apply"), {
         title: one.reload ? ui.t("reload hint", { change: one.change }) : ui.t("apply hint", { change: one.change }),
         onClick: () => {
@@ -167,7 +168,7 @@ export default panel({
           { class: "algm-flow" },
           h("code", {}, one.change),
           h("span", { class: "algm-dim" }, costs),
-          one.lossy ? h("span", { class: "algm-lossy", title: ui.t("lossy hint") }, ui.t("lossy")) : null,
+          one.lossy ? h("span", { class: "algm-lossy", title: measured || ui.t("lossy hint") }, ui.t("lossy")) : null,
         ),
         h("span", { class: "algm-dim algm-num" }, ui.t("needs", { bytes: formatBytes(one.nbytes) })),
         apply,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from autoglm_lab.costs import cost_of
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.planning.plan import Alternative, Plan
@@ -79,10 +80,12 @@ def rows(plan: Plan, snapshot: Snapshot) -> list[dict[str, Any]]:
 
 
 def alternative(plan: Plan, one: Alternative) -> dict[str, Any]:
-    """One alternative: the settings that differ as people write them, and what kinds of cost they have."""
+    """One alternative: the settings that differ as people write them, their kinds of cost, and which were measured."""
+    changes = difference(plan.policy, one.policy)
     return {
         "change": one.change,
-        "costs": sorted(set(_costs(difference(plan.policy, one.policy)))),
+        "costs": sorted(set(_costs(changes))),
+        "measured": [switch for switch in _switches(changes) if cost_of(switch)],
         "lossy": one.lossy,
         "nbytes": one.nbytes,
         "frees": one.frees,
@@ -112,6 +115,12 @@ def _costs(changes: Mapping[str, Any]) -> Iterable[str]:
     yield from changes.get("placement", {})
     kinds = ("precision", "max_tokens", "chunk", "place", "graphs", "encoder_bytes")
     yield from (kind for kind in kinds if kind in changes.get("kv", {}))
+
+
+def _switches(changes: Mapping[str, Any]) -> Iterable[str]:
+    """The settings of weights and of keys and values as `costs.SETTINGS` names them."""
+    yield f"kv {changes.get('kv', {}).get('precision')}"
+    yield f"weights {changes.get('modules', {}).get('text', {}).get('precision')}"
 
 
 def _errors_of(bench: Any) -> PlanErrors | None:

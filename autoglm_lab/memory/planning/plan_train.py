@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from autoglm_lab.memory.planning.allocator_model import AllocatorModel
+from autoglm_lab.memory.planning.tape import Tape
 from autoglm_lab.memory.planning.traced_model import Kind
 from autoglm_lab.memory.planning.training_load import TrainingLoad
-from autoglm_lab.memory.planning.training_trace import trace
+from autoglm_lab.memory.planning.training_trace import trace, trace_loss
 from autoglm_lab.models.anatomy import anatomy
-from autoglm_lab.models.decoder_layers import decoder_layers, linear_layers
+from autoglm_lab.models.decoder_layers import core_of, decoder_layers, linear_layers
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import check_can_learn, made_in, precisions_of
 from autoglm_lab.policy import TrainingPolicy
 from autoglm_lab.schedule import LEAST_BYTES, Keeping, keepings, recomputed
 
 _LAYERS = 3
+_LOSS_CHUNK, _SLICES = 256, 3
+"""The slices in which a step is traced, and of how many the loss alone is: each is as the one before."""
 _BLOCK, _LEAST_8BIT = 256, 4096
 """torchao's 8-bit states: values that share a scale, and the smallest tensor that has them."""
 
@@ -64,21 +67,25 @@ class StepCost:
     cached: int
 
     def peak(self, kept: Sequence[Keeping], *, moves: bool) -> int:
-        """The most bytes in tensors at a time.
+        """The most bytes in tensors at a time."""
+        return max(self.passes(kept, moves=moves))
+
+    def passes(self, kept: Sequence[Keeping], *, moves: bool) -> tuple[int, int]:
+        """The most bytes in tensors at a time: until the loss is there, and from then on.
 
         Args:
             moves: whether the host is other memory than the device.
         """
         sizes = [self._kept(one, moves=moves) for one in kept]
         total = self.rest + sum(sizes)
-        found = [total + self.loss, self.tail]
+        forward, found = total + self.loss, [self.tail]
         for one, size in zip(reversed(kept), reversed(sizes), strict=True):
             again = self.layer if one.recompute else 0
             # A layer comes back from the host before it is needed, and the one before it with it.
             back = 2 * self._whole(one) if moves and one.on_host else 0
             found.append(total + self.backward + again + back)
             total -= size
-        return max(found)
+        return forward, max(found)
 
     def on_host(self, kept: Sequence[Keeping]) -> int:
         """Bytes that wait on the host."""
@@ -103,6 +110,7 @@ class TrainingCosts:
         self._precisions = precisions_of(outline.model)
         self.layers = len(decoder_layers(self._model))
         self._steps: dict[tuple[TrainingLoad, int, int], StepCost] = {}
+        self._losses: dict[tuple[int, int], tuple[int, int]] = {}
 
     def learning(self, load: TrainingLoad, optimizer: str) -> Learning:
         """What stands for all of the training, counted as training allocates it.
@@ -128,10 +136,31 @@ class TrainingCosts:
         Raises:
             Exception: the model's own code, which is run here, does not take tensors without data.
         """
-        key = load, policy.micro_batch, policy.loss_chunk
+        alone = core_of(self._model) is not None
+        key = load, policy.micro_batch, _LOSS_CHUNK if alone else policy.loss_chunk
         if key not in self._steps:
             self._steps[key] = self._traced(*key)
-        return self._steps[key]
+        step, rows = self._steps[key], policy.micro_batch * (load.tokens - 1)
+        if not alone or min(policy.loss_chunk, rows) == min(_LOSS_CHUNK, rows):
+            return step
+        # Of a step only the loss depends on how it is cut.
+        some = min(rows, _SLICES * max(policy.loss_chunk, _LOSS_CHUNK))
+        (loss, cached), (before, cached_before) = (self._loss(some, one) for one in (policy.loss_chunk, _LOSS_CHUNK))
+        return replace(step, loss=step.loss + loss - before, cached=max(0, step.cached + cached - cached_before))
+
+    def _loss(self, rows: int, chunk: int) -> tuple[int, int]:
+        """The most bytes in tensors, and what the allocator holds around them."""
+        if (rows, chunk) not in self._losses:
+            tape = trace_loss(self._model.config, self._dtype, self._kind, rows, chunk, precisions=self._precisions)
+            self._losses[rows, chunk] = tape.peak, self._cached(tape)
+        return self._losses[rows, chunk]
+
+    def _cached(self, tape: Tape) -> int:
+        if self._kind == "cpu":
+            return 0
+        allocator = AllocatorModel()
+        allocator.play(tape)
+        return allocator.reserved - allocator.peak_allocated
 
     def kept(self, policy: TrainingPolicy, recompute: frozenset[int] | None = None) -> tuple[Keeping, ...]:
         """What each layer keeps under a policy; where it is ``auto``, ``recompute`` is what is computed again."""
@@ -158,11 +187,6 @@ class TrainingCosts:
         layer, movable = ((b - a) // _LAYERS for a, b in ((few.kept, more.kept), (few.large, more.large)))
         text = self._model.config.get_text_config()
         given = micro_batch * load.tokens * int(text.hidden_size) * self._dtype.itemsize
-        cached = 0
-        if self._kind == "cuda":
-            allocator = AllocatorModel()
-            allocator.play(more.tape)
-            cached = allocator.reserved - allocator.peak_allocated
         return StepCost(
             layer=layer,
             movable=movable,
@@ -171,7 +195,7 @@ class TrainingCosts:
             loss=few.loss - few.kept,
             backward=max(0, few.top - few.kept),
             tail=few.tail,
-            cached=cached,
+            cached=self._cached(more.tape),
         )
 
 

@@ -30,6 +30,7 @@ from autoglm_lab.models.image_tokens import resized
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import precisions_of
 from autoglm_lab.policy import MemoryPolicy
+from autoglm_lab.units import format_bytes
 
 _CHUNK = 2 << 20
 _GRAIN = 512
@@ -339,8 +340,12 @@ class Planner:
     def _notes(self, policy: MemoryPolicy, workload: Workload) -> tuple[str, ...]:
         notes = []
         if workload.training is not None:
-            failed = self._step_cost(policy, workload.training)[1]
+            step, failed = self._step_cost(policy, workload.training)
             notes += [failed] if failed else ["all dialogues count as equally long, and all of their tokens as learnt"]
+            if step is not None:
+                kept = self._training.kept(policy.training, self.recompute(policy, workload.training))
+                forward, backward = step.passes(kept, moves=self.device.kind == "cuda")
+                notes.append(f"activations: {format_bytes(forward)} forward, {format_bytes(backward)} backward")
         if self.device.estimated:
             notes.append("estimated: context, workspaces and kernels were measured on another kind of device")
         return tuple(notes)

@@ -91,6 +91,39 @@ def trace(
     return _told(tape, marks, layers)
 
 
+def trace_loss(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    kind: Literal["cuda", "cpu"],
+    rows: int,
+    chunk: int,
+    *,
+    precisions: Mapping[str, str] | None = None,
+) -> Tape:
+    """Record the loss of ``rows`` tokens by slices of ``chunk``, without the decoder's output.
+
+    Raises:
+        LoadError, RuntimeError: the model's code cannot be run without data.
+    """
+    model: Any = skeleton(shortened(config, 1), dtype)
+    convert(model, precisions or {})
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    without_data(model, mode)
+    _without_codes(model, kind, mode)
+    core = core_of(model)
+    assert core is not None
+    with mode:
+        hidden = torch.empty(1, rows + 1, int(config.get_text_config().hidden_size), dtype=dtype, requires_grad=True)
+    labels = torch.zeros(1, rows + 1, dtype=torch.long)
+    recorder = Recorder(mode, model)
+    recorder.ignore(hidden, labels)
+    with torch.inference_mode(mode=False), torch.enable_grad(), recorder:
+        loss = next_token_loss(hidden, labels, core[1], chunk=chunk, count=rows)
+        tape = recorder.tape
+    del loss
+    return tape
+
+
 def _run(
     model: Any, dtype: torch.dtype, recorder: Recorder, tokens: int, micro_batch: int, loss_chunk: int
 ) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoglm_lab.kv_costs import cost_of
+from autoglm_lab.costs import cost_of
 
 KV: dict[str, tuple[str, str]] = {
     "title": ("KV cache", "KV 缓存"),
@@ -35,9 +35,10 @@ KV: dict[str, tuple[str, str]] = {
         "Answers may differ from those of plain transformers",
         "回答可能与原版 transformers 不同",
     ),
-    "cost int8": (cost_of("int8"), cost_of("int8", "zh")),
-    "cost int4": (cost_of("int4"), cost_of("int4", "zh")),
-    "cost window": (cost_of("window"), cost_of("window", "zh")),
+    "cost int8": (cost_of("kv int8"), cost_of("kv int8", "zh")),
+    "cost int4": (cost_of("kv int4"), cost_of("kv int4", "zh")),
+    "cost window": (cost_of("kv window"), cost_of("kv window", "zh")),
+    "cost drop-oldest-turns": (cost_of("kv drop-oldest-turns"), cost_of("kv drop-oldest-turns", "zh")),
     "not paged": (
         "this model's layers do not lie in pages",
         "此模型的层不支持分页",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from autoglm_lab.costs import cost_of
+
 MODULES: dict[str, tuple[str, str]] = {
     "title": ("Modules", "模块"),
     "residency": ("residency", "驻留"),
@@ -45,6 +47,8 @@ MODULES: dict[str, tuple[str, str]] = {
         "Layers in about 0.28 of bfloat16, embeddings and head in int8 (lossy)",
         "各层约为 bfloat16 的 0.28，嵌入与输出头为 int8（有损）",
     ),
+    "cost int8": (cost_of("weights int8"), cost_of("weights int8", "zh")),
+    "cost int4": (cost_of("weights int4"), cost_of("weights int4", "zh")),
     "next load frees": ("from the next load, frees {bytes}: {load}", "下次加载时生效，释放 {bytes}：{load}"),
     "next load takes": ("from the next load, takes {bytes} more: {load}", "下次加载时生效，多占 {bytes}：{load}"),
     "after": ("after", "空闲"),

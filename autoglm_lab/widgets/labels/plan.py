@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from autoglm_lab.costs import SETTINGS, cost_of
+
 PLAN: dict[str, tuple[str, str]] = {
     "title": ("Plan", "预测"),
     "title hint": (
@@ -61,3 +63,4 @@ PLAN: dict[str, tuple[str, str]] = {
     "cost graphs": ("decoding is several times slower", "解码慢数倍"),
     "cost encoder_bytes": ("an image seen again is encoded again", "再次出现的图像需重新编码"),
 }
+PLAN |= {f"measured {switch}": (cost_of(switch), cost_of(switch, "zh")) for switch in SETTINGS}

@@ -54,5 +54,9 @@ SHARED: dict[str, tuple[str, str]] = {
     "phase idle": ("idle", "空闲"),
     "more": ("more", "更多"),
     "none": ("none", "无"),
+    "measured hint": (
+        "Measured once on the embedded model and SmolLM2; your model may lose more or less",
+        "在内置模型与 SmolLM2 上测得；您的模型损失可能不同",
+    ),
     "held now": ("{bytes} now", "当前 {bytes}"),
 }

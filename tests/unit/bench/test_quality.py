@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import autoglm_lab as lab
 from autoglm_lab import cli
 from autoglm_lab.bench import heldout
 from autoglm_lab.bench import perplexity as texts
+from autoglm_lab.bench.agreement import agreement, readings
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.heldout import Outcome, Recipe, answered, wilson
-from autoglm_lab.bench.quality import Setting, run
+from autoglm_lab.bench.lossy_settings import ANSWERED, Setting, opened
+from autoglm_lab.bench.quality import run
 from autoglm_lab.bench.stock import Stock
 from autoglm_lab.errors import LabError
 from autoglm_lab.workbench import Workbench
@@ -121,6 +124,60 @@ def test_dialogues_longer_than_the_window_are_cut_or_refused(workbench: Workbenc
     with_kv(workbench)
 
 
+def test_a_setting_is_had_for_a_while_and_taken_back(workbench: Workbench) -> None:
+    before = workbench.policy
+    with opened(Setting("", {"precision": "int8"}), workbench, "autoglm-tiny", before) as under:
+        assert under is workbench
+        assert under.policy.kv.precision == "int8"
+    assert workbench.policy == before
+    with opened(Setting("", weights={"text": "2:4", "head": "int8"}), workbench, "autoglm-tiny", before) as under:
+        assert under.policy.precisions() == {"text": "2:4"}  # it has no head of its own
+        assert under.memory.nbytes("text") < 0.66 * workbench.memory.nbytes("text")
+
+
+def test_what_a_setting_leaves_of_the_phone_model_is_counted() -> None:
+    found = {setting.name: setting.phone_bytes() for setting in ANSWERED}
+    plain = Setting("").phone_bytes()
+    assert plain == {"weights": 20_585_554_944, "kv": 8192 * 40_960}
+    assert found["KV in int8"] == plain | {"kv": 8192 * 20_800}
+    assert found["window of 256 tokens with 64 sinks"]["kv"] == 256 * 40_960
+    weights = [found[name]["weights"] / plain["weights"] for name in ("all weights in int8", "text in 2:4")]
+    assert weights == pytest.approx([0.5, 0.653], abs=0.01)
+
+
+def test_distributions_are_those_of_the_engines_own_steps(workbench: Workbench) -> None:
+    recipe = Recipe()
+    with_kv(workbench)
+    dialogue = recipe.dialogues("tap", 1)[0]
+    (read,) = readings(workbench, recipe, [dialogue])
+    answer = workbench.engine.submit(
+        recipe.messages(dialogue), conversation="once", thinking=dialogue.thinking, max_new_tokens=96
+    ).result(100)
+    workbench.drop("once")
+    assert read.answer == answer.usage.completion_tokens
+    assert torch.allclose(read.expected.exp().sum(-1), torch.ones(read.answer, dtype=torch.float64))
+    same = agreement(workbench, [read])
+    assert same.top1 == 100
+    assert same.divergence == pytest.approx(0, abs=1e-9)
+    greedy = read.expected.argmax(-1).tolist()
+    assert tuple(greedy[:-1]) == read.prompt.ids[len(read.prompt.ids) - read.answer + 1 :]
+
+
+def test_fewer_bits_are_further_apart(workbench: Workbench) -> None:
+    recipe = Recipe()
+    with_kv(workbench)
+    read = readings(workbench, recipe, recipe.dialogues("recall", 2))
+    apart = {}
+    for precision in ("int8", "int4"):
+        with_kv(workbench, precision=precision)
+        apart[precision] = agreement(workbench, read)
+    with_kv(workbench)
+    assert 0 < 10 * apart["int8"].divergence < apart["int4"].divergence
+    low, high = apart["int4"].interval
+    assert low < apart["int4"].divergence < high
+    assert apart["int4"].tokens == sum(one.answer for one in read)
+
+
 def test_it_runs_small_beside_transformers(tmp_path: Path, workbench: Workbench) -> None:
     config = LlamaConfig(
         vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -129,23 +186,31 @@ def test_it_runs_small_beside_transformers(tmp_path: Path, workbench: Workbench)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     workbench.processor.tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with Bench(small=True, smollm2=tmp_path, say=lambda _: None) as bench:
+    with Bench(small=True, smollm2=tmp_path, kept=tmp_path / "kept.jsonl", say=lambda _: None) as bench:
         report = run(bench)
     figures = {figure.name: figure for figure in report.figures}
     for task in ("tap", "recall"):
         exact = figures[f"{task}, as the model computes: right"]
         assert exact.ours == exact.peers["transformers"]
         assert exact.interval is not None
-        assert figures[f"{task}, int8: right"].peers == {"as the model": exact.ours}
-        assert figures[f"{task}, weights in int4: right"].peers == {"as the model": exact.ours}
+        assert figures[f"{task}, KV in int8: right"].peers == {"as the model": exact.ours}
+        assert figures[f"{task}, text in int4, head in int8: right"].peers == {"as the model": exact.ours}
     plain = figures["SmolLM2's perplexity, as the model computes"]
     assert plain.ours == pytest.approx(plain.peers["transformers"], rel=1e-4)
-    assert "fp8" in figures["SmolLM2's perplexity, int8: higher by"].peers
-    in_8_bits, in_4_bits = (figures[f"SmolLM2's perplexity, weights in int{bits}: higher by"] for bits in (8, 4))
-    # A model of random weights may gain as well as lose: it shows that codes were used, not which of them are better.
-    assert 0 < abs(in_8_bits.ours or 0) < 1
-    assert 0 < abs(in_4_bits.ours or 0) < 10
-    assert in_8_bits.ours != in_4_bits.ours
+    assert "fp8" in figures["SmolLM2's perplexity, KV in int8: higher by"].peers
+    costs = [
+        figures[f"SmolLM2's perplexity, {setting}: higher by"].ours
+        for setting in ("text in int4, head in int8", "text in 2:4")
+    ]
+    # A model of random weights may gain as well as lose: it shows that other weights were used, not what they cost.
+    assert all(0 < abs(cost or 0) < 20 for cost in costs)
+    assert costs[0] != costs[1]
+    assert 90 < (figures["KV in int4: same likeliest token"].ours or 0) <= 100
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept[0]["run"]["dialogues"] == "8"
+    by_name = {entry["setting"]: entry for entry in kept if "tap" in entry}
+    assert by_name["text in 2:4"]["weights"] == {"text": "2:4"}
+    assert by_name["KV in int4"]["bytes"] == {"weights": 20_585_554_944, "kv": 100 << 20}
     assert "95 %" in str(report)
     assert not report.missed
 

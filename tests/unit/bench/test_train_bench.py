@@ -22,6 +22,9 @@ def test_ours_and_the_trainer_are_timed_and_the_model_is_as_before() -> None:
         assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(before, after)
     steps = [figure for figure in report.figures if figure.name.endswith("a step") and figure.unit == "s"]
-    assert len(steps) == 3
-    assert all(figure.ours and set(figure.peers) == {"Trainer", "Trainer, checkpointing"} for figure in steps)
+    assert len(steps) == 4
+    assert all(figure.ours for figure in steps)
+    assert all(set(figure.peers) == {"Trainer", "Trainer, checkpointing"} for figure in steps[:3])
+    assert steps[3].name == "adapters on NF4: a step"
+    assert report.figures[-1].ours, "the plan's"
     assert all(figure.meets is None for figure in report.figures)  # a small run is not judged

@@ -20,7 +20,7 @@ from autoglm_lab.training.adapters import Adapters
 from autoglm_lab.training.examples import Example, Examples
 from autoglm_lab.training.finetune import Finetuning
 from autoglm_lab.training.layers import Layers
-from autoglm_lab.units import GiB
+from autoglm_lab.units import GiB, format_bytes
 
 LAYERS, TOKENS, BATCH = 6, 128, 2
 # What is live when the forward pass is over, and saved by nothing: the decoder's output.
@@ -155,6 +155,17 @@ def test_auto_computes_no_more_again_than_the_budget_needs():
         for one in ("none", "every-layer")
     )
     assert (wide, tight) == (none, every)
+
+
+def test_the_plan_tells_the_forward_from_the_backward_pass(costs):
+    load, policy = TrainingLoad("lora", TOKENS, 4), TrainingPolicy(checkpointing="none", micro_batch=BATCH)
+    step, kept = costs.step(load, policy), costs.kept(policy)
+    forward, backward = step.passes(kept, moves=False)
+    assert forward == step.rest + LAYERS * step.layer + step.loss
+    assert backward == step.rest + LAYERS * step.layer + step.backward
+    assert step.peak(kept, moves=False) == max(forward, backward)
+    plan = lab.plan("autoglm-tiny", MemoryPolicy(training=policy), device="cpu", finetune="lora", tokens=TOKENS, rank=4)
+    assert f"activations: {format_bytes(forward)} forward, {format_bytes(backward)} backward" in plan.notes
 
 
 def test_what_does_not_fit_names_settings_of_training():

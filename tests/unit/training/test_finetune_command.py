@@ -15,7 +15,8 @@ def test_the_command_writes_checkpoints_and_an_adapter_and_names_bad_lines(tmp_p
     data.write_text("\n".join([*rows, "{}"]), encoding="utf-8")
     (tmp_path / "policy.yaml").write_text("training: {micro_batch: 2, accumulation: 1}\n", encoding="utf-8")
     asked = ["finetune", "autoglm-tiny", str(data), "--out", str(out), "--steps", "2", "--rank", "2", "--device", "cpu"]
-    result = CliRunner().invoke(app, [*asked, "--policy", str(tmp_path / "policy.yaml")])
+    policy = ["--policy", str(tmp_path / "policy.yaml"), "--quantize", "nf4"]
+    result = CliRunner().invoke(app, [*asked, *policy])
     assert result.exit_code == 0, result.output
     assert "done after 2 steps" in result.output
     assert "left out: line 5: it has no list 'messages'" in result.output

@@ -43,7 +43,11 @@ def test_both_languages_fill_in_the_same_values_and_none_is_forgotten(panel):
 def test_words_made_up_at_run_time_exist_too():
     made = {
         "header": ["phase load", "phase encode", "phase prefill", "phase decode", "phase train", "phase idle"],
-        "modules_panel": ["on device", "on host", "on disk", "residency keep", "residency on-demand", "residency off"],
+        "modules_panel": [
+            *(f"on {place}" for place in ("device", "host", "disk")),
+            *(f"residency {residency}" for residency in ("keep", "on-demand", "off")),
+            *(f"cost {precision}" for precision in ("int8", "int4")),
+        ],
         "kv_panel": [
             f"{setting} {value}{hint}"
             for setting, values in SETTINGS.items()
