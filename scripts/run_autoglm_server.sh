@@ -5,8 +5,10 @@
 #
 # MODEL    a preset, a folder or a hub id in the local cache. Default: zai-org/AutoGLM-Phone-9B; without a GPU: autoglm-tiny.
 # HOST     where to listen. Default: 0.0.0.0 where there is an API key, else 127.0.0.1.
-# PORT     default 8000. With several devices the next ports follow, one service a device.
-# DEVICES  "0", "0,1" or "cpu". Default: the GPU with the most free memory.
+# PORT     default 8000.
+# DEVICES  "0", "0,1" or "cpu". Several share every layer of the model (tensor parallel). Default: the GPU with the most
+#          free memory; the two with the most where none has 40 GiB free.
+# EACH     1: a whole model and a service on each of several devices instead, on PORT and the ports after it.
 # POLICY   a file of settings, or auto. Default: auto on a GPU, which fits the model into what is free.
 set -euo pipefail
 
@@ -14,12 +16,13 @@ serve=(${AUTOGLM_LAB:-autoglm-lab} serve)
 port=${PORT:-8000}
 host=${HOST:-$([[ -n ${AUTOGLM_LAB_API_KEY:-} ]] && echo 0.0.0.0 || echo 127.0.0.1)}
 
-freest_gpu() {
+freest_gpus() {
   command -v nvidia-smi >/dev/null || return 0
-  nvidia-smi --query-gpu=index,memory.free --format=csv,noheader,nounits 2>/dev/null | sort -t, -k2 -nr | head -n1 | cut -d, -f1
+  nvidia-smi --query-gpu=index,memory.free --format=csv,noheader,nounits 2>/dev/null | sort -t, -k2 -nr |
+    awk -F', *' 'NR == 1 { found = $1; enough = $2 >= 40960 } NR == 2 && !enough { found = found "," $1 } END { if (NR) print found }' || true
 }
 
-devices=${DEVICES:-$(freest_gpu)}
+devices=${DEVICES:-$(freest_gpus)}
 if [[ -z $devices || $devices == cpu ]]; then
   default=autoglm-tiny policy=${POLICY:-}
   devices=cpu
@@ -42,6 +45,11 @@ if [[ $devices != *,* ]]; then
     exec "${serve[@]}" "$model" "${options[@]}" --device cpu --port "$port" "$@"
   fi
   CUDA_VISIBLE_DEVICES=$devices exec "${serve[@]}" "$model" "${options[@]}" --device cuda:0 --port "$port" "$@"
+fi
+
+if [[ ${EACH:-0} != 1 ]]; then
+  shared=$(awk -F, '{ print NF }' <<<"$devices")
+  CUDA_VISIBLE_DEVICES=$devices exec "${serve[@]}" "$model" "${options[@]}" --device cuda:0 --tensor-parallel "$shared" --port "$port" "$@"
 fi
 
 # One service a device; the first that ends takes the others with it.

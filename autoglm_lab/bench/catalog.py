@@ -25,6 +25,7 @@ CATALOG: dict[str, str] = {
     "trace": "20 steps of a phone agent",
     "layers": "decoding with parts of the layers on the host",
     "devices": "one model on two GPUs",
+    "parallel": "one model over several devices that compute every layer together, beside one",
     "train": "one step of fine-tuning: peak over weights and adapters, and time",
     "ledger": "the ledger against the driver's own count, and what sampling costs",
     "serve": "the service under load: many clients, beside one",

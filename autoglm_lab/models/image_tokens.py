@@ -7,6 +7,8 @@ others take the same number for every image, or cut it into tiles of one size.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,6 +63,12 @@ def limit_image_tokens(processor: Any, most: int | None) -> str:
         return f"max_image_tokens does nothing: {takes}"
     images.size = edges_for(images, most)
     return ""
+
+
+def image_edges(processor: Any) -> Callable[[int], dict[str, int]] | None:
+    """Makes the bounds in pixels from the most tokens that an image may take; None: the processor has no bounds."""
+    images = getattr(processor, "image_processor", None)
+    return None if images is None or _bounds(images) is None else partial(edges_for, images)
 
 
 def edges_for(images: Any, most: int | None) -> _Edges:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import yaml
@@ -17,8 +18,10 @@ from autoglm_lab.errors import LabError
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.catalog import presets
+from autoglm_lab.models.image_tokens import image_edges
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.policy import GenerationPolicy, MemoryPolicy
+from autoglm_lab.units import GiB
 
 _SAMPLING: Final = {
     "max_new_tokens": "max_new_tokens",
@@ -26,6 +29,9 @@ _SAMPLING: Final = {
     "top_p": "top_p",
     "repetition_penalty": "repetition_penalty",
 }
+_FLOATS: Final = ("float32", "bfloat16", "float16")
+_QUANTIZED: Final = {"int8": "fp8"}
+"""Precisions of the text that vLLM has something near to while it loads a checkpoint that is not quantised."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class ModelFacts:
         modalities: ``text``, ``image``, ``audio``.
         token_bytes: of one token's keys and values as the model computes them; None: they are not all kept.
         dtype: such as ``bfloat16``.
+        image_edges: makes the bounds of an image in pixels from the most tokens that it may take, as the image
+            processor has them; None: it has none, or takes no images.
     """
 
     source: str
@@ -45,6 +53,7 @@ class ModelFacts:
     modalities: tuple[str, ...]
     token_bytes: float | None
     dtype: str
+    image_edges: Callable[[int], dict[str, int]] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, outline: Outline, source: str) -> ModelFacts:
@@ -67,6 +76,7 @@ class ModelFacts:
             modalities=("text", *("image",) * ("vision" in modules), *("audio",) * ("audio" in modules)),
             token_bytes=None if form is None else form.nbytes / PAGE_TOKENS,
             dtype=str(outline.dtype).removeprefix("torch."),
+            image_edges=image_edges(outline.processor()) if "vision" in modules else None,
         )
 
 
@@ -200,6 +210,14 @@ def vllm_command(policy: MemoryPolicy, facts: ModelFacts, deployment: Deployment
     flags["max-num-batched-tokens"] = max(policy.kv.chunk, deployment.running)
     if len(facts.modalities) > 1:
         flags["limit-mm-per-prompt"] = _media(policy, facts, deployment)
+    if policy.max_image_tokens is not None and facts.image_edges is not None:
+        flags["mm-processor-kwargs"] = {"size": facts.image_edges(policy.max_image_tokens)}
+    precision = policy.module("text").precision
+    flags["dtype"] = precision if precision in _FLOATS else facts.dtype
+    if precision in _QUANTIZED:
+        flags["quantization"] = _QUANTIZED[precision]
+    if policy.placement.host_bytes:
+        flags["cpu-offload-gb"] = round(policy.placement.host_bytes / GiB, 3)
     flags["kv-cache-dtype"] = "auto" if policy.kv.precision == "model" else "fp8"
     if policy.kv.max_bytes is not None:
         flags["kv-cache-memory-bytes"] = policy.kv.max_bytes * policy.kv.max_conversations
@@ -248,10 +266,28 @@ def _notes(policy: MemoryPolicy, facts: ModelFacts, deployment: Deployment) -> l
         notes.append(f"kv.overflow {policy.kv.overflow}: vLLM ends the answer at the limit")
     if policy.kv.place == "host":
         notes.append("kv.place host: vLLM keeps keys and values on the device")
+    notes += _notes_on_weights(policy)
+    if policy.max_image_tokens is not None and facts.image_edges is None:
+        notes.append("max_image_tokens: this model's processor has no bounds that vLLM could be told")
     if policy.budget is not None and deployment.card is None:
         notes.append(
             "budget: the size of the card is not known, so vLLM takes its default share; name it with --device"
         )
     if facts.token_bytes is None:
         notes.append("this model keeps not every token's keys and values: sizes of the cache are vLLM's")
+    return notes
+
+
+def _notes_on_weights(policy: MemoryPolicy) -> list[str]:
+    notes = []
+    for name, precision in policy.precisions().items():
+        if name == "text" and precision in _FLOATS:
+            continue
+        if name == "text" and precision in _QUANTIZED:
+            kept = _QUANTIZED[precision]
+            notes.append(f"modules.text.precision {precision}: vLLM keeps the layers in {kept} instead (lossy)")
+        else:
+            notes.append(f"modules.{name}.precision {precision}: vLLM keeps these weights as they are loaded")
+    if policy.placement.host_bytes:
+        notes.append("placement.host_bytes: vLLM takes whole layers to the host, and waits for them")
     return notes

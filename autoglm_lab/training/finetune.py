@@ -30,6 +30,7 @@ from autoglm_lab.training.loop import Learnt, Loop, arguments, latest, optimizer
 from autoglm_lab.training.run import TrainingResult, TrainingRun
 from autoglm_lab.training.settings import StepSettings
 from autoglm_lab.training.step import Step
+from autoglm_lab.training.step_peaks import StepPeaks
 
 ENCODERS = ("vision", "audio", "projector")
 
@@ -64,6 +65,8 @@ class Finetuning:
         self.run.problems = tuple(map(str, dataset.problems))
         self._settings = StepSettings.of(self._policy, len(decoder_layers(state.model)))
         self._features = FeatureCache(state.accelerator.device) if self._caches() else None
+        self._passes = StepPeaks(state.accelerator.device)
+        self.run.activations = self._passes.most
         self._gradients = self._states = 0
         self._closing = False
         self.last_loss = 0.0
@@ -83,6 +86,7 @@ class Finetuning:
         if self._gradients:
             counts = "gradients of the weights that learn"
             yield Row("gradients", "owner", "device", self._gradients, counts, within="allocator")
+        yield from self._passes.holdings()
         if self._states:
             counts = f"states of the optimiser ({self._policy.optimizer})"
             yield Row("optimiser states", "owner", "device", self._states, counts, within="allocator")
@@ -123,6 +127,7 @@ class Finetuning:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(asked.get(name, False))
                 parameter.grad = None
+            self._passes.enter("")
             self._gradients = self._states = 0
             self._unregister(self)
             state.enter("idle")
@@ -238,8 +243,8 @@ class Finetuning:
             kept = latest(out) if course.out is not None else None
         state.enter("idle")
         result = TrainingResult(
-            run.step, run.loss or 0.0, seconds, run.peaks, self._step.layers.store.moved, str(self._step.settings),
-            kept, stopped,
+            run.step, run.loss or 0.0, seconds, run.peaks, dict(run.activations), self._step.layers.store.moved,
+            str(self._step.settings), kept, stopped,
         )  # fmt: skip
         run.tell("stopped" if stopped else "done", "")
         return result
@@ -263,6 +268,7 @@ class Finetuning:
                 return loss
             # Outside of the except clause: the traceback would keep the failed step's tensors alive.
             self._learnt.zero_grad()
+            self._passes.enter("")
             stronger = self._step.settings.stronger()
             if stronger is None:
                 state.event("out of memory", "train", why="gave up")
@@ -282,8 +288,10 @@ class Finetuning:
 
     def _mark(self, phase: str) -> None:
         self._state.meter.enter(phase, (self.run.peaks,))
+        self._passes.enter(phase)
 
     def _stored(self, gradients: int, states: int) -> None:
+        self._passes.enter("")
         self._gradients, self._states = gradients, states
 
     def _pause(self) -> None:

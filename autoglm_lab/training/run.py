@@ -26,7 +26,9 @@ class TrainingResult:
         steps: done, all sessions of a resumed one together.
         loss: mean of the last tenth of the steps.
         seconds: of the steps, without the preparation.
-        peaks: most bytes beyond what stood before, by ``forward`` and ``backward``, where the machine tells.
+        peaks: of the phases, as of an answer's; where the machine tells.
+        activations: most bytes of a micro-batch beyond what stood when it began, by ``forward`` and ``backward``; the
+            backward pass has the gradients that came with it.
         moved: bytes of activations that went to the host.
         settings: how the last step spent memory.
         checkpoint: folder to resume from; None where none was written.
@@ -37,15 +39,16 @@ class TrainingResult:
     loss: float
     seconds: float
     peaks: PhasePeaks
+    activations: dict[str, int]
     moved: int
     settings: str
     checkpoint: Path | None
     stopped: bool
 
     def __repr__(self) -> str:
-        peak = max(self.peaks.work.values(), default=None)
+        passes = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in self.activations.items())
         said = f"{'stopped' if self.stopped else 'done'} after {self.steps} steps, {format_seconds(self.seconds)}"
-        return f"{said}: loss {self.loss:.3f}, peak of a step {format_bytes(peak)} ({self.settings})"
+        return f"{said}: loss {self.loss:.3f}, most {passes or 'not told'} ({self.settings})"
 
 
 @dataclass(eq=False, repr=False)
@@ -59,6 +62,7 @@ class TrainingRun:
         losses: of each step, ``(step, loss)``.
         note: what it is doing, or what it had to change.
         problems: lines of the data that were left out.
+        activations: as in `TrainingResult`, so far.
         began: when the steps began; before that, when the training was asked for. In seconds of a monotonic clock.
         seconds: of the steps so far.
         tokens: that these steps read.
@@ -72,6 +76,7 @@ class TrainingRun:
     losses: list[tuple[int, float]] = field(default_factory=list)
     problems: tuple[str, ...] = ()
     peaks: PhasePeaks = field(default_factory=PhasePeaks)
+    activations: dict[str, int] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     tokens: int = 0

@@ -6,7 +6,7 @@ const WIDE = 100,
 
 export default panel({
   name: "training_panel",
-  store: () => ({ more: false, open: null, active: false }),
+  store: () => ({ more: false, open: null, active: false, asked: { method: "lora" } }),
   build(ui) {
     let state = null,
       points = [],
@@ -105,6 +105,32 @@ export default panel({
         ...limits,
         onDone: (value) => set(setting)(Number(value) / scale),
       });
+    // What a training is begun with stays as it was typed, in every view.
+    const typed = (name, attributes = {}) => {
+      const box = field({ label: ui.t(`${name} hint`), onDone: (value) => (ui.shared.asked[name] = value), ...attributes });
+      box.set(ui.shared.asked[name]);
+      return box;
+    };
+    const data = typed("data", { size: 24, spellcheck: "false", placeholder: "train.jsonl" }),
+      out = typed("out", { size: 24, spellcheck: "false" }),
+      rank = typed("rank", { type: "number", min: 1, step: 1, placeholder: "16" }),
+      epochs = typed("epochs", { type: "number", min: 0, step: "any", placeholder: "1" }),
+      budget = typed("budget", { size: 10, spellcheck: "false" });
+    const method = segmented({
+      label: ui.t("method"),
+      onPick: (value) => (ui.shared.asked.method = value),
+      options: ["lora", "full"].map((value) => [value, ui.t(`method ${value}`), ui.t(`method ${value} hint`)]),
+    });
+    method.set(ui.shared.asked.method);
+    const start = button(ui.t("start"), {
+      title: ui.t("start hint"),
+      kind: "algm-primary",
+      onClick: () => {
+        start.disabled = true;
+        ui.send("begin", { asked: ui.shared.asked });
+      },
+    });
+
     const again = choice("checkpointing", ["auto", "none", "every-k", "every-layer"]);
     const every = count("every", 1),
       offload = count("offload", 0, { scale: 100, max: 100 }),
@@ -119,10 +145,20 @@ export default panel({
     });
     const everyRow = row("", words(ui.t("every"), every.node)),
       batch = h("span", {});
-    const more = fold(ui, ui.t("settings"), [
-      h("div", { class: "algm-dim algm-small" }, ui.t("settings hint")),
+    const begin = h(
+      "div",
+      { class: "algm-training-begin" },
+      row(ui.t("data"), data.node),
+      row(ui.t("method"), h("span", { class: "algm-flow" }, method.node, words(ui.t("rank"), rank.node))),
+      row("", words(epochs.node, ui.t("epochs"))),
+      row(ui.t("budget"), budget.node),
+      row(ui.t("out"), out.node),
       row(ui.t("checkpointing"), again.node),
       everyRow,
+      row("", start),
+    );
+    const more = fold(ui, ui.t("settings"), [
+      h("div", { class: "algm-dim algm-small" }, ui.t("settings hint")),
       row(ui.t("offload"), words(offload.node, ui.t("% kept"))),
       row(ui.t("loss_chunk"), words(chunk.node, ui.t("at a time"))),
       row(ui.t("batch"), words(micro.node, "×", accumulation.node, batch)),
@@ -135,7 +171,7 @@ export default panel({
       h("h4", {}, ui.t("title")),
       status,
     );
-    const node = h("details", { class: "algm-training" }, summary, hint, ofRun, ofAdapters, more);
+    const node = h("details", { class: "algm-training" }, summary, hint, ofRun, ofAdapters, begin, more);
 
     // What cannot be taken back is asked once more, in its place.
     function ask(what) {
@@ -185,7 +221,7 @@ export default panel({
       );
       peakRow.hidden = !Object.keys(run.peaks).length;
       leftOut.hidden = !run.left_out;
-      leftOut.textContent = ui.t("left out", { n: run.left_out });
+      leftOut.textContent = ui.t("left out", { n: run.left_out, first: run.problems[0] ?? "" });
       leftOut.title = run.problems.join("\n");
     }
     function drawCurve(run) {
@@ -264,6 +300,9 @@ export default panel({
       hint.hidden = state.run !== null || state.adapters.length > 0;
       ofRun.hidden = state.run === null;
       ofAdapters.hidden = !state.adapters.length;
+      begin.hidden = state.run !== null && !state.run.ended;
+      start.disabled = ui.busy("begin");
+      budget.node.placeholder = state.budget || ui.t("budget none");
       if (state.run) {
         tellRun(state.run);
         drawCurve(state.run);

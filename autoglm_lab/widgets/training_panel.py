@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from autoglm_lab.errors import LabError
+from autoglm_lab.units import format_bytes
 from autoglm_lab.widgets.panel import Panel
 from autoglm_lab.widgets.settings import set_policy
 from autoglm_lab.widgets.snapshot import Snapshot
 
 CURVE_POINTS: Final = 200
-PHASES: Final = ("encode", "forward", "backward")
 _ENDED = ("done", "stopped", "failed")
 _LANE = "training"
 
@@ -37,13 +37,14 @@ def training_state(bench: Any, snapshot: Snapshot) -> dict[str, Any]:
         "nbytes": snapshot.ledger.nbytes("adapters") if names else 0,
         "active": under_way or bool(names) or (shown is not None and shown["state"] != "done"),
         "settings": snapshot.policy.training.model_dump(),
+        "budget": "" if snapshot.policy.budget is None else format_bytes(snapshot.policy.budget),
     }
 
 
 def run_state(run: Any) -> dict[str, Any]:
     """How far a `training.run.TrainingRun` is: plain values, read while it goes on.
 
-    ``left`` is what it will still take, in seconds, where that can be told; peaks are bytes beyond what stood before.
+    ``left`` is what it will still take, in seconds, where that can be told; peaks are `peaks_of`.
     """
     losses = list(run.losses)
     rest, state = run.steps - run.step, run.state
@@ -60,10 +61,16 @@ def run_state(run: Any) -> dict[str, Any]:
         "seconds": round(run.seconds, 1),
         "left": round(run.seconds / len(losses) * rest) if losses and state == "training" else None,
         "rate": run.tokens_per_second and round(run.tokens_per_second),
-        "peaks": {phase: run.peaks.work[phase] for phase in PHASES if phase in run.peaks.work},
+        "peaks": peaks_of(run),
         "problems": list(run.problems[:10]),
         "left_out": len(run.problems),
     }
+
+
+def peaks_of(run: Any) -> dict[str, int]:
+    """Most bytes: of encoding beyond what stood before it, of either pass beyond what stood before its micro-batch."""
+    encoded = run.peaks.work.get("encode")
+    return ({} if encoded is None else {"encode": encoded}) | dict(run.activations)
 
 
 def thinned(losses: Sequence[tuple[int, float]], most: int = CURVE_POINTS) -> list[list[float | None]]:
@@ -74,6 +81,36 @@ def thinned(losses: Sequence[tuple[int, float]], most: int = CURVE_POINTS) -> li
     size = max(1, -(-len(losses) // most))
     groups = [losses[start : start + size] for start in range(0, len(losses), size)]
     return [[group[-1][0], _finite(math.fsum(loss for _, loss in group) / len(group))] for group in groups]
+
+
+def begin_training(bench: Any, asked: Mapping[str, Any]) -> None:
+    """Begin a training with what was typed; what was left empty is as it would be without.
+
+    Args:
+        asked: ``data``: a JSONL file, seen from where the kernel runs; ``method``, ``rank``, ``epochs``, ``out`` as
+            `Workbench.finetune` takes them; ``budget``: what the policy's becomes.
+
+    Raises:
+        LabError: no file is named.
+        DatasetError: it cannot be learnt from; the message names the line.
+        PolicyError, TrainingError: a value cannot be.
+    """
+    typed = {name: str(value).strip() for name, value in asked.items()}
+    if not typed.get("data"):
+        raise LabError('name a file to learn from: JSON lines, one dialogue {"messages": […]} a line')
+    numbers = {"rank": int, "epochs": float}
+    settings: dict[str, Any] = {}
+    for name, kind in numbers.items():
+        if typed.get(name):
+            try:
+                settings[name] = kind(typed[name])
+            except ValueError:
+                raise LabError(f"{name} is a number (got {typed[name]!r})") from None
+    if typed.get("out"):
+        settings["out"] = Path(typed["out"]).expanduser()
+    if "budget" in typed:
+        set_policy(bench, budget=typed["budget"] or None)
+    bench.finetune(Path(typed["data"]).expanduser(), method=typed.get("method") or "lora", **settings)
 
 
 def save_adapters(tuner: Any, folder: str) -> str:
@@ -100,7 +137,7 @@ def _finite(loss: float | None) -> float | None:
 
 
 class TrainingPanel(Panel):
-    """The run with its curve, stop and resume; adapters on and off, merged, removed, saved; `TrainingPolicy`."""
+    """Begin a run; its curve, stop and resume; adapters on and off, merged, removed, saved; `TrainingPolicy`."""
 
     name = "training_panel"
 
@@ -117,6 +154,12 @@ class TrainingPanel(Panel):
         if self.host is not None:
             bench, setting, value = self.host.bench, str(content["setting"]), content["value"]
             self.run(setting, lambda: set_policy(bench, training={setting: value}))
+
+    def do_begin(self, content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
+        """Begin a training with what was typed (`begin_training`)."""
+        if self.host is not None:
+            bench, asked = self.host.bench, dict(content["asked"])
+            self.run("begin", lambda: begin_training(bench, asked), lane=_LANE)
 
     def do_stop(self, _content: Mapping[str, Any], _buffers: Sequence[memoryview]) -> None:
         """End the training after its step; nothing is waited for."""

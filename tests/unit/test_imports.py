@@ -47,6 +47,7 @@ MODULES = modules()
 KERNELS = {
     "autoglm_lab.engine.norm_kernel",
     "autoglm_lab.memory.kv.paged_triton",
+    "autoglm_lab.models.nf4_triton",
     "autoglm_lab.models.quantized_triton",
     "autoglm_lab.models.sparse_triton",
 }

@@ -51,7 +51,7 @@ class Follower:
         if start.device == "cpu":
             torch.set_num_threads(start.threads)
         self._start = start
-        self.accelerator = open_accelerator(start.device)
+        self.accelerator = open_accelerator("cpu" if start.device == "cpu" else "cuda:0")
         device = self.accelerator.device
         self.collectives = Collectives(start.meeting, start.rank, start.ranks, device)
         policy = MemoryPolicy.model_validate_json(start.policy)
@@ -86,7 +86,7 @@ class Follower:
     def ledger(self) -> Any:
         """Who owns what on this rank's device. From any thread."""
         ledger = self._book.read("idle", self.accelerator.budget)
-        return replace(ledger, device=f"{ledger.device} (rank {self._start.rank}, {self.accelerator.device})")
+        return replace(ledger, device=f"{ledger.device} (rank {self._start.rank}, {self._start.device})")
 
     def do(self, message: Any) -> None:
         """What rank 0 says, one after another."""

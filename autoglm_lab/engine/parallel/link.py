@@ -25,7 +25,7 @@ class Start:
     Attributes:
         model: what `models.loading.resolve` is asked for, by argument.
         policy: every setting, as JSON.
-        precisions: of the weights, by module.
+        device: as rank 0 calls it; a rank sees no other GPU than its own.
         meeting: the file that the ranks find each other through.
         threads: of torch, where there is no GPU.
     """

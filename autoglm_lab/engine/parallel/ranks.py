@@ -8,16 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import queue
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from pathlib import Path
 from typing import Any
@@ -29,6 +22,7 @@ from autoglm_lab.engine.lean_forward import LeanForward
 from autoglm_lab.engine.parallel import link as say
 from autoglm_lab.engine.parallel.collectives import Collectives, LeftError
 from autoglm_lab.engine.parallel.limits import refuse_apart
+from autoglm_lab.engine.parallel.other_rank import OtherRank
 from autoglm_lab.errors import LoadError, OutOfMemoryError, RankError
 from autoglm_lab.memory.accelerator import Accelerator
 from autoglm_lab.memory.events import Event
@@ -41,8 +35,7 @@ from autoglm_lab.models.rank_model import join
 from autoglm_lab.models.tensor_parallel import FIRST_ONLY, Share
 from autoglm_lab.policy import MemoryPolicy
 
-_END_SECONDS = 20.0
-_LEDGER_SECONDS = 5.0
+_LEDGER_SECONDS = 30.0
 _MOVED = ("parked", "woke")
 
 
@@ -72,11 +65,11 @@ class Ranks:
         self._folder = Path(tempfile.mkdtemp(prefix="autoglm-lab-ranks-"))
         meeting = self._folder / "meeting"
         self.collectives = Collectives(meeting, 0, ranks, accelerator.device)
-        self._others: list[_Other] = []
+        self._others: list[OtherRank] = []
         try:
             for rank in range(1, ranks):
                 start = say.Start(model, policy, devices[rank], rank, ranks, meeting, torch.get_num_threads())
-                self._others.append(_Other(start, self._left_by, self._gone))
+                self._others.append(OtherRank(start, self._left_by, self._gone))
         except BaseException:
             self.close()
             raise
@@ -233,11 +226,11 @@ class Ranks:
 
     # on the threads that listen
 
-    def _left_by(self, _: _Other) -> None:
+    def _left_by(self, _: OtherRank) -> None:
         """A rank has failed: what this one waits for will not come."""
         self.collectives.leave()
 
-    def _gone(self, other: _Other) -> None:
+    def _gone(self, other: OtherRank) -> None:
         if self._closing or self._lost is not None:
             return
         self._lost = f"rank {other.rank} of {self.count} has ended ({other.how_it_ended()})"
@@ -271,78 +264,6 @@ def start_ranks(
     return ranks
 
 
-class _Other:
-    """Another rank: its process, and what it says."""
-
-    def __init__(self, start: say.Start, failed: Callable[[_Other], None], gone: Callable[[_Other], None]) -> None:
-        self.rank = start.rank
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "autoglm_lab.engine.parallel.follower", str(theirs.fileno())]
-        with theirs:
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=_environment()
-            )
-        self.link = say.Link(ours.detach())
-        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._asked: dict[int, Future[Ledger]] = {}
-        self._numbers = itertools.count()
-        self._failed, self._gone = failed, gone
-        self.link.send(start)
-        threading.Thread(target=self._listen, name=f"autoglm-lab rank {self.rank}", daemon=True).start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def answer(self) -> Any:
-        """What it answers to what it was told; None: it is gone."""
-        return self._answers.get()
-
-    def ask_ledger(self) -> Future[Ledger]:
-        number, future = next(self._numbers), Future[Ledger]()
-        self._asked[number] = future
-        try:
-            self.link.send(say.ReadLedger(number))
-        except OSError:
-            future.set_exception(RankError("it is gone"))
-        return future
-
-    def how_it_ended(self) -> str:
-        """For people."""
-        try:
-            code = self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "it answers no more"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-    def end(self) -> None:
-        """Wait for its end, and see to it."""
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self.link.close()
-
-    def _listen(self) -> None:
-        while True:
-            try:
-                message = self.link.receive()
-            except (EOFError, OSError):
-                break
-            if isinstance(message, say.Reading):
-                self._asked.pop(message.number).set_result(message.ledger)
-                continue
-            if isinstance(message, say.Failed):
-                self._failed(self)
-            self._answers.put(message)
-        self._gone(self)
-        for future in self._asked.values():
-            if not future.done():
-                future.set_exception(RankError("it is gone"))
-        self._answers.put(None)
-
-
 def _devices(first: torch.device, ranks: int) -> list[str]:
     """A device for each rank, from rank 0's on."""
     if first.type == "cpu":
@@ -353,12 +274,6 @@ def _devices(first: torch.device, ranks: int) -> list[str]:
             f"tensor_parallel={ranks} from {first} on needs {begin + ranks} GPUs, and torch sees {there} here"
         )
     return [f"cuda:{begin + rank}" for rank in range(ranks)]
-
-
-def _environment() -> dict[str, str]:
-    """The follower imports what this process imports, wherever it was started."""
-    paths = [path for path in sys.path if path]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _told(arguments: dict[str, Any]) -> dict[str, Any]:

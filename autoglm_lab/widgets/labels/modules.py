@@ -38,7 +38,7 @@ MODULES: dict[str, tuple[str, str]] = {
     "place disk": ("disk", "磁盘"),
     "place disk hint": ("The safetensors file: frees host memory too", "safetensors 文件：也释放主机内存"),
     "precision": ("text weights", "文本权重"),
-    "weights model": ("as loaded from", "原精度"),
+    "weights model": ("as loaded", "原精度"),
     "weights model hint": ("As the files have them, nothing lost", "与文件一致，无损失"),
     "weights int8": ("int8", "int8"),
     "weights int8 hint": ("About half of bfloat16 (lossy)", "约为 bfloat16 的一半（有损）"),

@@ -5,7 +5,43 @@ from __future__ import annotations
 TRAINING: dict[str, tuple[str, str]] = {
     "title": ("Fine-tuning", "微调"),
     "none": ("nothing is trained", "当前没有训练"),
-    "begin": ("wb.finetune(data) begins a training", "用 wb.finetune(data) 开始训练"),
+    "begin": ("wb.finetune(data) begins a training, or here:", "用 wb.finetune(data) 开始训练，或在此处："),
+    "data": ("data", "数据"),
+    "data hint": (
+        "A file of JSON lines, one dialogue a line, seen from where the kernel runs",
+        "JSON Lines 文件，每行一段对话（路径相对于内核运行的位置）",
+    ),
+    "method": ("learn", "学习"),
+    "method lora": ("adapters", "适配器"),
+    "method lora hint": (
+        "LoRA: low-rank adapters on every linear layer of the decoder",
+        "LoRA：解码器每个线性层上的低秩适配器",
+    ),
+    "method full": ("all weights", "全部权重"),
+    "method full hint": (
+        "The weights of the text module themselves: much more memory, and no adapter to take off",
+        "直接训练文本模块的权重：内存多得多，且没有可取下的适配器",
+    ),
+    "rank": ("rank", "秩"),
+    "rank hint": ("Rank of the adapters", "适配器的秩"),
+    "epochs": ("times through the data", "遍数据"),
+    "epochs hint": ("Times through the data", "遍历数据的次数"),
+    "budget": ("budget", "预算"),
+    "budget none": ("whole device", "整个设备"),
+    "budget hint": (
+        "What the process may use, such as 12GiB; empty: the whole device",
+        "本进程可用的内存，如 12GiB；留空表示整个设备",
+    ),
+    "out": ("folder", "文件夹"),
+    "out hint": (
+        "Folder for checkpoints, to stop and resume; empty: none are kept",
+        "存放检查点的文件夹，用于停止后继续；留空则不保留",
+    ),
+    "start": ("Begin", "开始训练"),
+    "start hint": (
+        "Learn from this file inside the budget; turns wait until it is over",
+        "在预算内从该文件学习；训练期间对话会等待",
+    ),
     "state waiting": ("waits for the turn under way", "等待当前回答结束"),
     "state preparing": ("preparing", "准备中"),
     "state training": ("training", "训练中"),
@@ -27,8 +63,11 @@ TRAINING: dict[str, tuple[str, str]] = {
     "peak forward": ("forward {bytes}", "前向 {bytes}"),
     "peak backward": ("backward {bytes}", "反向 {bytes}"),
     "peak encode": ("encoding {bytes}", "编码 {bytes}"),
-    "peaks hint": ("Most bytes beyond what stood when the phase began", "比该阶段开始时最多多用的字节数"),
-    "left out": ("{n} line(s) of the data left out", "数据中有 {n} 行被跳过"),
+    "peaks hint": (
+        "Most bytes beyond what stood before: of either pass when its micro-batch began, so the larger one is needed",
+        "比之前最多多用的字节数；前向与反向都从微批次开始时算起，需要的是较大者",
+    ),
+    "left out": ("{n} line(s) of the data left out; {first}", "数据中有 {n} 行被跳过；{first}"),
     "stop hint": (
         "End after the step under way; what was learnt stays, and a checkpoint is written where it has a folder",
         "本步结束后停止；已学到的内容会保留，指定了文件夹时会写入检查点",

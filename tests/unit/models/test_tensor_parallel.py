@@ -23,6 +23,7 @@ from autoglm_lab.models.rank_model import join, take_share
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.models.tensor_parallel import possible_ranks, share_of, shares_nbytes
 from autoglm_lab.models.tensor_sources import PackedTensor
+from tests.unit.models.tiny_models import glm4v
 
 
 class Together:
@@ -72,6 +73,10 @@ def made_up_llama() -> Resolved:
     return resolve(llama(), weights="dummy", dtype="float32", device="cpu")
 
 
+def made_up_phone() -> Resolved:
+    return resolve(glm4v(), weights="dummy", dtype="float32", device="cpu")
+
+
 def logits(resolved: Resolved, ids: Tensor) -> Tensor:
     residency = Residency(resolved, open_accelerator("cpu"))
     residency.materialise()
@@ -100,7 +105,11 @@ def logits_of_ranks(make: Callable[[], Resolved], ranks: int, ids: Tensor) -> li
     return results
 
 
-@pytest.mark.parametrize(("make", "ranks"), [(embedded, 2), (made_up_llama, 4)], ids=["embedded", "llama with biases"])
+@pytest.mark.parametrize(
+    ("make", "ranks"),
+    [(embedded, 2), (made_up_llama, 4), (made_up_phone, 2)],
+    ids=["embedded", "llama with biases", "the phone model's architecture"],
+)
 def test_every_rank_computes_the_logits_of_the_whole_model(make: Callable[[], Resolved], ranks: int) -> None:
     ids = torch.tensor([[30, 41, 52, 63, 74, 85, 31, 42]])
     whole = logits(make(), ids)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ def made(policy: MemoryPolicy | None = None, facts: ModelFacts = PHONE, **deploy
 
 
 def test_the_facts_are_read_from_the_model_without_its_weights() -> None:
-    assert ModelFacts.of(outline("autoglm-phone-9b"), "autoglm-phone-9b") == PHONE
+    facts = ModelFacts.of(outline("autoglm-phone-9b"), "autoglm-phone-9b")
+    assert facts == PHONE
+    assert facts.image_edges is not None
+    assert facts.image_edges(256)["longest_edge"] == 256 * 28 * 28 * 2  # an image counts as two frames
 
 
 def test_the_default_policy_makes_a_whole_command() -> None:
@@ -53,6 +57,9 @@ def test_the_default_policy_makes_a_whole_command() -> None:
         ({"kv": {"reuse": False}}, "enable-prefix-caching", False),
         ({"kv": {"graphs": False}}, "enforce-eager", True),
         ({"budget": "12GiB"}, "gpu-memory-utilization", 0.5),
+        ({"modules": {"text": {"precision": "float16"}}}, "dtype", "float16"),
+        ({"modules": {"text": {"precision": "int8"}}}, "quantization", "fp8"),
+        ({"placement": {"host_bytes": "6GiB"}}, "cpu-offload-gb", 6.0),
         ({"modules": {"vision": "off"}}, "limit-mm-per-prompt", {"image": 0, "video": 0}),
         (
             {"generation": {"max_new_tokens": 9, "top_p": 0.5}},
@@ -78,12 +85,25 @@ def test_several_gpus_share_the_model_or_copy_it() -> None:
 def test_what_vllm_has_not_is_said() -> None:
     policy = MemoryPolicy(
         kv={"precision": "int8", "overflow": "window", "place": "host"},
-        modules={"vision": "on-demand"},
+        modules={"vision": {"residency": "on-demand", "precision": "int8"}, "text": {"precision": "int4"}},
+        placement={"host_bytes": "1GiB"},
+        max_image_tokens=256,
         budget="20GiB",
     )
-    notes = "\n".join(made(policy).notes)
+    command = made(policy)
+    notes = "\n".join(command.notes)
     for said in ("fp8 instead", "vision on demand", "overflow window", "kv.place host", "the card is not known"):
         assert said in notes
+    for said in ("modules.vision.precision int8", "modules.text.precision int4", "whole layers", "max_image_tokens"):
+        assert said in notes
+    assert not {"quantization", "mm-processor-kwargs"} & set(command.flags)
+
+
+def test_the_most_tokens_of_an_image_are_bounds_of_its_pixels() -> None:
+    facts = replace(PHONE, image_edges=lambda most: {"shortest_edge": 10, "longest_edge": 784 * most})
+    command = made(MemoryPolicy(max_image_tokens=256), facts=facts)
+    assert command.flags["mm-processor-kwargs"] == {"size": {"shortest_edge": 10, "longest_edge": 200_704}}
+    assert command.notes == ()
 
 
 def test_the_text_of_a_command_is_the_command() -> None:

@@ -10,10 +10,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import autoglm_lab as lab
 from autoglm_lab.errors import DatasetError, OutOfMemoryError, TrainingError
+from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.training.dataset import Dataset
 from autoglm_lab.training.loop import checkpoints, latest
 from autoglm_lab.training.run import TrainingRun, curve
 from autoglm_lab.training.step import Step
+from autoglm_lab.units import format_bytes
 
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8.0, "learning_rate": 5e-3, "warm_up": 1, "seed": 1}
 WAIT = 60
@@ -37,12 +39,14 @@ def test_training_lowers_the_loss_and_the_model_answers_with_what_it_learnt(wb: 
         if run.state == "training" and run.step:
             rows = frozenset(row.name for row in wb.memory.rows if row.nbytes)
             seen.append((wb.modules["vision"].info.place, rows, wb.engine.phase))
-            phases.update(run.peaks.work)
+            phases.update(run.activations)
 
     run = wb.finetune(data, steps=8, watch=watch, **SMALL)
     result = run.result(WAIT)
 
     assert (result.steps, result.stopped, run.state) == (8, False, "done")
+    assert phases == ({"forward", "backward"} if high_water(torch.device("cpu")).available else set())
+    assert all(f"{name} {format_bytes(nbytes)}" in repr(result) for name, nbytes in result.activations.items())
     assert run.losses[-1][1] < run.losses[0][1] / 2
     assert wb.tuner.adapters == ("default",)
     assert run is wb.training

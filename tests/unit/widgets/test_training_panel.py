@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -9,11 +10,13 @@ import torch
 import autoglm_lab as lab
 from autoglm_lab.policy import MemoryPolicy, TrainingPolicy
 from autoglm_lab.samples import SAMPLES
+from autoglm_lab.training.loop import latest
 from autoglm_lab.training.run import RunState, TrainingRun
 from autoglm_lab.widgets.labels import LANGS, labels_of
-from autoglm_lab.widgets.training_panel import PHASES, run_state, thinned, training_state
+from autoglm_lab.widgets.training_panel import peaks_of, run_state, thinned, training_state
 from tests.unit.widgets.browser import browser_sends, until
 
+WAIT = 120
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8.0, "warm_up": 1, "steps": 4}
 
 
@@ -86,6 +89,43 @@ def test_there_is_a_control_for_every_setting(dashboard):
     assert all(f'"{name}"' in dashboard.training._esm for name in TrainingPolicy.model_fields)
 
 
+def test_a_training_is_begun_from_the_panel(wb, dashboard, small_batches, tmp_path):
+    panel, data = dashboard.training, tmp_path / "train.jsonl"
+    data.write_text("\n".join(["nothing", *map(json.dumps, dialogues())]), encoding="utf-8")
+    asked = {"data": str(data), "method": "lora", "rank": "4", "epochs": "0.5", "out": str(tmp_path / "run")}
+    before = wb.training
+    browser_sends(panel, "begin", asked=asked | {"budget": "100GiB"})
+    until(lambda: wb.training is not before, "the training", WAIT)
+    wb.training.result(WAIT)
+    until(lambda: (panel.state["run"] or {}).get("state") == "done" and panel.state["adapters"], "its end", WAIT)
+    shown = panel.state["run"]
+    assert (shown["steps"], shown["left_out"]) == (2, 1)
+    assert shown["problems"][0].startswith("line 1: it is not JSON")
+    assert wb.policy.budget == 100 << 30
+    assert panel.state["budget"] == "100.00 GiB"
+    assert latest(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    assert not panel.problem
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "name a file to learn from"),
+        ({"data": "nowhere.jsonl"}, "there is no file 'nowhere.jsonl'"),
+        ({"data": "bad.jsonl"}, "bad.jsonl has no dialogue to learn from; line 1: it has no list 'messages'"),
+        ({"data": "bad.jsonl", "rank": "many"}, "rank is a number (got 'many')"),
+        ({"data": "bad.jsonl", "budget": "plenty"}, "plenty"),
+    ],
+)
+def test_what_cannot_be_begun_is_told_and_names_the_line(wb, dashboard, tmp_path, monkeypatch, asked, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("{}\n", encoding="utf-8")
+    before = wb.training
+    browser_sends(dashboard.training, "begin", asked=asked)
+    until(lambda: said in dashboard.training.problem, "the error", WAIT)
+    assert wb.training is before
+
+
 def test_a_training_is_stopped_and_resumed_from_the_panel(wb, dashboard, small_batches, tmp_path):
     panel = dashboard.training
 
@@ -99,7 +139,7 @@ def test_a_training_is_stopped_and_resumed_from_the_panel(wb, dashboard, small_b
     shown = panel.state["run"]
     assert (shown["step"], shown["steps"], shown["ended"], shown["resumable"]) == (2, 4, True, True)
     assert shown["curve"] == [[step, loss] for step, loss in run.losses]
-    assert shown["peaks"] == {phase: run.peaks.work[phase] for phase in PHASES if phase in run.peaks.work}
+    assert shown["peaks"] == peaks_of(run)
     assert shown["rate"] == round(run.tokens / run.seconds)
     assert (panel.state["active"], panel.state["adapters"]) == (True, ["default"])
 
@@ -168,9 +208,10 @@ def test_a_long_curve_is_thinned_to_its_means():
 def test_words_made_up_at_run_time_exist_in_both_languages():
     fields = TrainingPolicy.model_fields
     keys = [f"state {state}" for state in (*get_args(RunState), "stopping")]
-    keys += [f"peak {phase}" for phase in PHASES]
+    keys += [f"peak {phase}" for phase in ("encode", "forward", "backward")]
     keys += [f"{what}{word}" for what in ("save", "merge", "remove") for word in ("", " hint")]
     keys += [f"{what} sure" for what in ("merge", "remove")]
+    keys += [f"{name} hint" for name in ("data", "rank", "epochs", "budget", "out", "method lora", "method full")]
     for setting in ("checkpointing", "optimizer"):
         for value in get_args(fields[setting].annotation):
             keys += [f"{setting} {value}", f"{setting} {value} hint"]
