@@ -18,6 +18,7 @@ from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.local import LocalEngine, check_modules
 from autoglm_lab.engine.messages import image_size
+from autoglm_lab.engine.overflow import check_overflow
 from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.engine.step import Stepper
@@ -90,6 +91,7 @@ class Workbench(EngineBench):
         started = time.monotonic()
         self.sampler = Sampler(_weakly(self))
         check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
+        check_overflow(policy.kv, resolved.model)
         record = self.sampler.record if ranks is None else ranks.moving(self.sampler.record)
         residency = Residency(resolved, accelerator, policy=policy, on_event=record)
         try:

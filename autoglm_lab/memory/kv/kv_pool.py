@@ -263,14 +263,17 @@ class PagedSequence:
 
     Attributes:
         tokens: how many it holds.
-        hole: tokens before those that `forget` has let go.
+        first: how many of these are still the first ones of the conversation, where some after them were let go; None:
+            all are there.
+        latest: the slot from which on they are, without a gap, the latest ones.
     """
 
     def __init__(self, pool: KvPool) -> None:
         self.pool = pool
         self.pages: list[int] = []
         self.tokens = 0
-        self.hole = 0
+        self.first: int | None = None
+        self.latest = 0
 
     @property
     def nbytes(self) -> int:
@@ -307,6 +310,8 @@ class PagedSequence:
                 self.pool.prefixes.forget(cut)
         self.pool.put(self.pages[kept:])
         self.pages, self.tokens = self.pages[:kept], tokens
+        if self.first is not None and tokens <= self.first:
+            self.first, self.latest = None, 0
 
     def forget(self, tokens: int, sinks: int) -> bool:
         """Let whole pages go that hold at least ``tokens``, the oldest after the first ``sinks`` tokens.
@@ -323,13 +328,52 @@ class PagedSequence:
         self.pool.put(self.pages[first : first + count])
         del self.pages[first : first + count]
         self.tokens -= count * PAGE_TOKENS
-        self.hole = first * PAGE_TOKENS
+        self._let_go_after(first * PAGE_TOKENS, max(first * PAGE_TOKENS, self.latest - count * PAGE_TOKENS))
         return True
+
+    def evict(self, kept: Tensor, first: int, latest: int) -> None:
+        """Keep the first tokens, those chosen by each layer and key head, and the latest, in as few pages as they take.
+
+        Nothing is rounded anew, and keys stay rotated as they are. Pages that others hold are not written: others are
+        taken for them, which raises `OutOfMemoryError` where there is no room, with nothing changed.
+
+        Args:
+            kept: slots ``[layers, kv_heads, count]``, in order, between the first and the latest tokens.
+            first: a whole number of pages.
+        """
+        before, begin = torch.tensor(self.pages, device=kept.device), first // PAGE_TOKENS
+        count = kept.shape[-1] + latest
+        needed = -(-count // PAGE_TOKENS)
+        own = [page for page in self.pages[begin:] if self.pool.holders(page) == 1][:needed]
+        fresh = self.pool.take(needed - len(own))
+        for page in own:
+            self.pool.prefixes.forget(page)
+        written = [*own, *fresh]
+        places = torch.arange(count, device=kept.device)
+        to_pages = torch.tensor(written, device=kept.device)[places // PAGE_TOKENS]
+        moving = torch.arange(self.tokens - latest, self.tokens, device=kept.device)
+        try:
+            for layer, slots in enumerate(kept.unbind()):
+                rows = torch.cat([slots.T, moving[:, None].expand(-1, slots.shape[0])])
+                from_pages, from_slots = before[rows // PAGE_TOKENS], rows % PAGE_TOKENS
+                self.pool.store.move(layer, from_pages, from_slots, to_pages, places % PAGE_TOKENS)
+        except BaseException:
+            self.pool.put(fresh)
+            raise
+        used = set(written)
+        self.pool.put([page for page in self.pages[begin:] if page not in used])
+        self.pages, self.tokens = [*self.pages[:begin], *written], first + count
+        self._let_go_after(first, self.tokens - latest)
 
     def adopt(self, pages: Sequence[int]) -> None:
         """Begin anew with full pages that are held for it already (`PrefixStore.hold`)."""
         self.pool.put(self.pages)
         self.pages, self.tokens = list(pages), len(pages) * PAGE_TOKENS
+        self.first, self.latest = None, 0
+
+    def _let_go_after(self, first: int, latest: int) -> None:
+        self.first = first if self.first is None else min(self.first, first)
+        self.latest = latest
 
     def _copy(self, number: int, *, must: bool) -> None:
         """Go on with a copy of a page; with the page itself where there is no room and nobody else holds it."""
