@@ -41,7 +41,7 @@ Residency = Annotated[Literal["keep", "on-demand", "off"], BeforeValidator(_off)
 WeightPrecision = Annotated[
     Literal["model", "float32", "bfloat16", "float16", "int8", "int4", "nf4", "2:4"], BeforeValidator(_sparse)
 ]
-Overflow = Literal["stop", "drop-oldest-turns", "window", "refuse"]
+Overflow = Literal["stop", "drop-oldest-turns", "window", "evict", "refuse"]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), PlainSerializer(exact_bytes, when_used="json"), Field(ge=0)]
 
 
@@ -78,9 +78,11 @@ class KvPolicy(_Part):
         max_bytes: most bytes of one conversation's keys and values; the stricter of both limits counts.
         overflow: at the limit, ``stop`` ends the answer (finish reason ``length``), ``drop-oldest-turns`` forgets the
             oldest turns (never the system prompt nor the current turn) and prefills the rest anew at its new positions,
-            ``window`` forgets the oldest tokens after the first ``sinks`` and goes on (lossy), ``refuse`` raises
-            `ContextLimitError` before the prompt is read. Default ``stop``.
-        sinks: first tokens that ``window`` never forgets. Default 64.
+            ``window`` forgets the oldest tokens after the first ``sinks`` and goes on (lossy), ``evict`` those that got
+            the least attention (lossy), ``refuse`` raises `ContextLimitError` before the prompt is read. Default
+            ``stop``.
+        sinks: first tokens that ``window`` and ``evict`` never forget. Default 64.
+        observation: latest tokens whose attention decides what ``evict`` forgets. Default 32.
         precision: ``model``: as the model computes; ``int8`` and ``int4`` take about a half and a third (lossy).
         place: ``device``, or ``host``: pinned host memory, brought in layer by layer while the model runs (slower).
         chunk: most prompt tokens that one prefill step reads; a smaller chunk has a lower peak. Default 2048.
@@ -97,6 +99,7 @@ class KvPolicy(_Part):
     max_bytes: Bytes | None = None
     overflow: Overflow = "stop"
     sinks: int = Field(64, ge=0)
+    observation: int = Field(32, ge=1, le=1024)
     precision: Literal["model", "int8", "int4"] = "model"
     place: Literal["device", "host"] = "device"
     chunk: int = Field(2048, ge=16)
@@ -106,6 +109,15 @@ class KvPolicy(_Part):
     prefix_bytes: Bytes = 256 << 20
     prefix_host_bytes: Bytes = 1 << 30
     encoder_bytes: Bytes = 128 << 20
+
+    @model_validator(mode="after")
+    def _something_to_choose(self) -> Self:
+        if self.overflow == "evict" and self.max_tokens is not None and self.max_tokens < self.sinks + 32:
+            raise ValueError(
+                f"overflow 'evict' has too few to choose from: {self.sinks} of {self.max_tokens} are sinks; raise "
+                f"max_tokens to {self.sinks + 32}, or lower sinks"
+            )
+        return self
 
 
 class ReclaimPolicy(_Part):

@@ -18,6 +18,7 @@ from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
 from autoglm_lab.engine.local import LocalEngine
 from autoglm_lab.engine.messages import image_size
+from autoglm_lab.engine.overflow import check_overflow
 from autoglm_lab.engine.policy_change import check_modules
 from autoglm_lab.engine.protocol import Capabilities
 from autoglm_lab.engine.state import EngineState
@@ -95,6 +96,7 @@ class Workbench(EngineBench):
         self.samplers = tuple(Sampler(_weakly(self, card)) for card in range(len(accelerators)))
         self.sampler = self.samplers[0]
         check_modules(policy, [spec.name for spec in anatomy(resolved.model)])
+        check_overflow(policy.kv, resolved.model)
         record = self.sampler.record if ranks is None else ranks.moving(self.sampler.record)
         residency = Residency(resolved, *accelerators, policy=policy, on_event=record, spread=spread)
         try:

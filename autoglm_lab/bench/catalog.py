@@ -19,6 +19,7 @@ CATALOG: dict[str, str] = {
     "kv": "decoding, and keys and values in fewer bytes",
     "precision": "decoding with weights in 8 and 4 bits, and what the process takes",
     "quality": "what lossy settings cost",
+    "evict": "forgetting by attention, beside forgetting by age",
     "plan": "plans against what is measured, a process a row, and budgets that they say fit or do not",
     "budgets": "a phone agent's step under budgets of 24 to 8 GiB, each row in a process of its own",
     "turns": "a new turn on what is kept of a conversation",

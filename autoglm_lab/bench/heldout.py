@@ -66,8 +66,8 @@ class Outcome:
 
     Attributes:
         right: all of the answer was right.
-        forgot: the window forgot tokens on the way.
-        refused: the prompt did not fit the window, and there was no answer.
+        forgot: tokens were forgotten on the way.
+        refused: the prompt did not fit the limit, and there was no answer.
     """
 
     right: tuple[bool, ...]
@@ -93,7 +93,7 @@ class Outcome:
 def answered(workbench: Workbench, recipe: Recipe, dialogues: Sequence[Any]) -> Outcome:
     """Answer dialogues under the workbench's policy, many at a time, each in a conversation of its own."""
     kv = workbench.policy.kv
-    most = kv.max_tokens if kv.overflow == "window" else None
+    most = kv.max_tokens if kv.overflow in ("window", "evict") else None
     found: dict[int, tuple[bool, bool, bool]] = {}
     order = sorted(range(len(dialogues)), key=lambda number: _length(dialogues[number]))
     for at in range(0, len(order), _TOGETHER):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import Cache
 from autoglm_lab.engine.kv_state import KvState
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.errors import LabError
+from autoglm_lab.memory.kv.eviction import Eviction
+from autoglm_lab.memory.kv.observing_cache import ObservingCache
 from autoglm_lab.workbench import Workbench
 
 TEXT = ("training_args.py", "generation/configuration_utils.py")
@@ -68,7 +71,12 @@ def contexts(tokenizer: Any, text: str, length: int = CONTEXT) -> list[tuple[int
 
 @torch.no_grad()
 def losses(
-    workbench: Workbench, ids: Sequence[int], *, window: tuple[int, int] | None = None, chunk: int = CHUNK
+    workbench: Workbench,
+    ids: Sequence[int],
+    *,
+    window: tuple[int, int] | None = None,
+    eviction: Eviction | None = None,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """Nats that each token after the first costs, ``[len(ids) - 1]``, read by the engine's own steps.
 
@@ -76,20 +84,49 @@ def losses(
 
     Args:
         window: most tokens kept and first tokens that stay, where older ones are forgotten on the way.
+        eviction: the same, where those are forgotten that got the least attention: of the tokens before each step,
+            since the text to come is what is to be foretold.
         chunk: tokens of one step. All but those of the same step are read from the pages, and those of the same step
             too where the pages are not as exact as the model.
     """
-    state, model = workbench.engine.state, workbench.model
-    hidden: list[Tensor] = []
-    kept = KvState(state.pool)
-    kept.window = window
-    hook = _decoder(model).register_forward_hook(lambda _, __, output: hidden.append(output.last_hidden_state[0]))
+    stepper, kept = workbench.engine.state.stepper, KvState(workbench.engine.state.pool)
+    kept.window, kept.eviction = window, eviction
+    step = chunk if eviction else len(ids)
     try:
-        state.stepper.prefill(kept, Prompt(tuple(ids), None, ()), 0, chunk=chunk)
+        with _hidden_of(workbench.model) as hidden:
+            for first in range(0, len(ids), step):
+                part = Prompt(tuple(ids[: first + step]), None, ())
+                if eviction:
+                    stepper.make_room(kept, len(part.ids) - first)
+                stepper.prefill(kept, part, first, chunk=chunk)
+    finally:
+        kept.clear()
+    return _costs(workbench.model.get_output_embeddings(), torch.cat(hidden), ids)
+
+
+@torch.no_grad()
+def losses_after(workbench: Workbench, kept: KvState, ids: Sequence[int]) -> Tensor:
+    """Nats that each token costs after the first of those that ``kept`` has not read, all read at once."""
+    first = len(kept.ids)
+    with _hidden_of(workbench.model) as hidden:
+        workbench.engine.state.stepper.prefill(kept, Prompt(tuple(ids), None, ()), first)
+    return _costs(workbench.model.get_output_embeddings(), torch.cat(hidden), ids[first:])
+
+
+@contextlib.contextmanager
+def _hidden_of(model: Any) -> Iterator[list[Tensor]]:
+    """What the decoder gives in every step meanwhile, ``[tokens, width]`` each; not where it only looks."""
+    hidden: list[Tensor] = []
+
+    def note(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        if not isinstance(given.get("past_key_values"), ObservingCache):
+            hidden.append(output.last_hidden_state[0])
+
+    hook = _decoder(model).register_forward_hook(note, with_kwargs=True)
+    try:
+        yield hidden
     finally:
         hook.remove()
-        kept.clear()
-    return _costs(model.get_output_embeddings(), torch.cat(hidden), ids)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.request_estimate import Estimate, Request, estimate, remedies
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import AdmissionError
+from autoglm_lab.memory.kv.eviction import chunk_within
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
 from autoglm_lab.memory.planning.device_constants import measured
 from autoglm_lab.memory.planning.encoder_tapes import Medium, MediumInputs
@@ -157,8 +158,10 @@ class Admission:
         kept = len(prompt.ids) + new_tokens
         limit = state.kv_limit()
         chunk = kv.chunk
-        if limit is not None and conversation.kv.window is not None:
-            kept, chunk = min(kept, limit), max(1, min(chunk, (limit - kv.sinks) // 2))
+        length = len(prompt.ids)
+        if limit is not None and conversation.kv.forgets:
+            kept, length = min(kept, limit), min(length, limit)
+            chunk = chunk_within(kv, limit, len(prompt.ids))
         whole = [] if encoder.separate(prompt, start) else [(run.start, run.start + run.length) for run in prompt.runs]
         media, needs = [], set()
         for run in encoder.missing_runs(prompt, start):
@@ -168,9 +171,12 @@ class Admission:
             media += [MediumInputs(medium, inputs)] * bool(inputs)
         return Request(
             conversation=conversation.name,
-            prompt=len(prompt.ids),
+            prompt=length,
             kept=kept,
-            chunks=tuple(prefill_chunks(start, len(prompt.ids), chunk, prompt.blocks, whole)),
+            chunks=tuple(
+                (max(0, first - max(0, last - length)), min(last, length))
+                for first, last in prefill_chunks(start, len(prompt.ids), chunk, prompt.blocks, whole)
+            ),
             batch=max(1, sum(other.busy for other in state.conversations)),
             held=conversation.kv.nbytes,
             needs=frozenset(needs),

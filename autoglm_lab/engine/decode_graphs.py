@@ -22,10 +22,11 @@ from autoglm_lab.engine.compile_ahead import CompileAhead
 from autoglm_lab.engine.lean_forward import LeanForward
 from autoglm_lab.memory.kv import paged_kernels
 from autoglm_lab.memory.kv.host_prefetch import HostPrefetch, stage_width
-from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
 from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
 from autoglm_lab.memory.kv.paged_cache import GraphCache
+from autoglm_lab.memory.kv.paged_sequence import PagedSequence
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.schedule import BATCH_SIZES as SIZES
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from autoglm_lab.engine.prompt import MediaRun, Prompt, reusable
-from autoglm_lab.errors import ContextLimitError
-from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
+from autoglm_lab.engine.question import Question
+from autoglm_lab.errors import ContextLimitError, OutOfMemoryError
+from autoglm_lab.memory.kv.eviction import Eviction, chosen
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
 from autoglm_lab.memory.kv.page_keys import page_keys
+from autoglm_lab.memory.kv.paged_sequence import PagedSequence
+from autoglm_lab.policy import KvPolicy
 
 
 class KvState:
@@ -24,9 +29,11 @@ class KvState:
         pool: the pages; None for transformers' own cache.
 
     Attributes:
-        ids: every token that was read, those included that a window has forgotten since.
+        ids: every token that was read, those included that were forgotten since.
         delta: what the next token's position has above the count of tokens.
         window: most tokens kept and first tokens that stay, where older ones are forgotten on the way; None: all stay.
+        eviction: the same, where those are forgotten that got the least attention; None: all stay.
+        question: the last words of the prompt that was read, for an eviction to ask.
         position_state: what the model itself keeps of the positions, where it cannot be told them.
     """
 
@@ -38,6 +45,8 @@ class KvState:
         self.own: DynamicCache | None = None
         self.delta = 0
         self.window: tuple[int, int] | None = None
+        self.eviction: Eviction | None = None
+        self.question: Question | None = None
         self.position_state: dict[int, Any] = {}
         self._keys: list[bytes] = []
 
@@ -48,9 +57,13 @@ class KvState:
 
     @property
     def forgotten(self) -> tuple[int, int]:
-        """The span ``(first, last + 1)`` of tokens that the window has forgotten; empty where it has not."""
-        first = 0 if self.paged is None else self.paged.hole
-        return first, first + len(self.ids) - self.held
+        """The span ``(first, last + 1)`` of which tokens were forgotten; empty where none were.
+
+        A window has forgotten all of it, an eviction some, others for each layer and head.
+        """
+        if self.paged is None or self.paged.first is None:
+            return 0, 0
+        return self.paged.first, len(self.ids) - self.held + self.paged.latest
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +83,7 @@ class KvState:
         """Forget everything; the keys and values are given back."""
         self.ids, self.blocks, self.runs, self.own, self.position_state = [], None, (), None, {}
         self._keys = []
-        self.delta = 0
+        self.delta, self.question = 0, None
         if self.paged is not None:
             self.paged.keep(0)
 
@@ -78,8 +91,9 @@ class KvState:
         """Keep the first ``length`` tokens, fewer where some were forgotten; the others' memory is really freed."""
         if self.paged is not None:
             first, last = self.forgotten
+            missing = len(self.ids) - self.held if length >= last else 0
             length = length if length >= last else min(length, first)
-            self.paged.keep(length - (last - first if length >= last else 0))
+            self.paged.keep(length - missing)
         elif length == 0 or self.own is None or not _croppable(self.own):
             self.clear()
             return
@@ -120,6 +134,33 @@ class KvState:
             return False
         return 0 < len(self.ids) == reusable(prompt, self.ids, self.blocks, self.runs)
 
+    @property
+    def forgets(self) -> bool:
+        """Whether it may grow beyond a limit, some of its tokens being forgotten."""
+        return self.window is not None or self.eviction is not None
+
+    def chunk(self, most: int, prompt: int) -> int:
+        """Tokens of a prompt to read at once: at most ``most``, and few enough for a limit beside those that stay."""
+        if self.window is not None:
+            tokens, sinks = self.window
+            return max(1, min(most, (tokens - sinks) // 2))
+        return most if self.eviction is None else self.eviction.chunk(most, prompt)
+
+    def forget_beyond(self, limit: int | None, policy: KvPolicy) -> bool:
+        """Obey the policy's overflow from now on, where it forgets tokens beyond a limit and the pages allow it.
+
+        Returns:
+            Whether it does: the conversation may then grow beyond ``limit``.
+        """
+        self.window = self.eviction = None
+        if limit is None or self.paged is None:
+            return False
+        if policy.overflow == "window":
+            self.window = limit, policy.sinks
+        elif policy.overflow == "evict":
+            self.eviction = Eviction(limit, policy.sinks, policy.observation)
+        return self.forgets
+
     def make_room(self, new: int) -> None:
         """Forget tokens between the first ones that stay and the latest, so that ``new`` more fit into the window.
 
@@ -136,10 +177,35 @@ class KvState:
                 "that stay: raise kv.max_tokens, or lower kv.sinks or kv.chunk"
             )
 
+    def over(self, new: int) -> bool:
+        """Whether some tokens have to be evicted before ``new`` more are read."""
+        return self.eviction is not None and self.paged is not None and self.held + new > self.eviction.tokens
+
+    def evict(self, scores: Tensor, new: int) -> None:
+        """Forget the tokens that got the least attention, so that ``new`` more fit into the limit.
+
+        Args:
+            scores: as `chosen` takes them.
+
+        Raises:
+            ContextLimitError: they do not fit beside the first ones.
+            OutOfMemoryError: there is no room for pages that other conversations hold too.
+        """
+        assert self.paged is not None
+        assert self.eviction is not None
+        first, count, latest = self.eviction.split(new)
+        try:
+            self.paged.evict(chosen(scores, first, count, latest), first, latest)
+        except OutOfMemoryError:
+            raise  # before anything was moved
+        except BaseException:
+            self.clear()  # some layers were moved, others not
+            raise
+
     def without_forgotten(self, values: Sequence[int]) -> list[int]:
-        """``values``, one a token, without those of forgotten tokens."""
-        first, last = self.forgotten
-        return [*values[:first], *values[last:]]
+        """``values``, one a token, without as many as tokens were forgotten: one for each that is held or new."""
+        first, _ = self.forgotten
+        return [*values[:first], *values[first + len(self.ids) - self.held :]]
 
     def publish(self) -> None:
         """Let other conversations find the full pages."""

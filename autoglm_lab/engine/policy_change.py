@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from autoglm_lab.engine.overflow import check_overflow
 from autoglm_lab.engine.parallel.limits import refuse_apart
 from autoglm_lab.engine.recovery import evict, fit_budget
 from autoglm_lab.engine.state import EngineState
@@ -35,6 +36,7 @@ class PolicyChange:
         """
         state, before = self._state, self._state.policy
         _refuse_other_precisions(policy, before)
+        check_overflow(policy.kv, state.model)
         if policy.placement != before.placement:
             was, now = exact_bytes(before.placement.host_bytes), exact_bytes(policy.placement.host_bytes)
             raise PolicyError(

@@ -22,10 +22,12 @@ from autoglm_lab.engine.lean_forward import LeanForward
 from autoglm_lab.engine.pieces import reads_in_pieces
 from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
-from autoglm_lab.errors import ConversationError
-from autoglm_lab.memory.kv.kv_pool import PagedSequence
+from autoglm_lab.engine.question import Question
+from autoglm_lab.errors import ContextLimitError, ConversationError
+from autoglm_lab.memory.kv.observing_cache import ObservingCache
 from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
 from autoglm_lab.memory.kv.paged_cache import PagedCache
+from autoglm_lab.memory.kv.paged_sequence import PagedSequence
 from autoglm_lab.schedule import prefill_chunks
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Stepper:
         Raises:
             ContextLimitError: a piece that must be read at once does not fit the window.
         """
+        start = min(start, len(state.ids))  # fewer are there where an attempt failed after some were forgotten
         try:
             try:
                 return self._prefill(state, prompt, start, chunk, between)
@@ -108,12 +111,15 @@ class Stepper:
             state.delta = 0 if places is None else places.delta
         else:
             state.delta = places.delta
-            chunks = prefill_chunks(start, end, _fitting(chunk, state), prompt.blocks, whole)
+            chunks = prefill_chunks(start, end, state.chunk(chunk, end), prompt.blocks, whole)
+        state.question = None
+        if state.eviction is not None and places is not None:
+            state.question = Question.of(prompt, places, state.eviction.observation)
         logits: Tensor | None = None
         for first, last in chunks:
             if first > start and not between():
                 return None
-            state.make_room(last - first)
+            self.make_room(state, last - first)
             arguments: dict[str, Any] = {}
             if outputs is not None:
                 arguments |= self.encoder.arguments(prompt, outputs, first, last)
@@ -156,7 +162,7 @@ class Stepper:
                 "a step failed, and this model's cache cannot be taken back to before it: ask again"
             )
         for state in states:
-            state.make_room(1)
+            self.make_room(state, 1)
         told = not any(state.position_state for state in states)
         together = _together(states) if told and self._positions.stated else None
         if together is not None and (self.graphs is not None or len(states) > 1):
@@ -167,6 +173,38 @@ class Stepper:
             if state.blocks is not None:
                 state.blocks.append(-1)
         return logits
+
+    @torch.no_grad()
+    def make_room(self, state: KvState, new: int) -> None:
+        """Let a conversation that is kept within a limit forget what it must, so that ``new`` more tokens fit.
+
+        Raises:
+            ContextLimitError: they do not fit beside those that stay, or nothing can be asked.
+            OutOfMemoryError: there is no room for pages that other conversations hold too.
+        """
+        state.make_room(new)
+        if state.over(new):
+            state.evict(self._observed(state), new)
+
+    def _observed(self, state: KvState) -> Tensor:
+        """The attention that each slot's key gets from the last words, ``[layers, kv_heads, tokens]``."""
+        if state.question is None or state.paged is None or state.eviction is None or not self._configs:
+            raise ContextLimitError(
+                "no token can be evicted: only the model itself can tell where this prompt's tokens stand, or computes "
+                "its attention itself. Set kv.overflow to 'window', 'drop-oldest-turns' or 'stop'"
+            )
+        asked = state.question.then(state.ids, state.delta, state.eviction.observation)
+        cache, device = ObservingCache(state.paged, len(asked.ids)), self._model.device
+        try:
+            self._forward(
+                cache,
+                input_ids=torch.tensor([asked.ids], device=device),
+                position_ids=asked.positions.to(device),
+                attention_mask=torch.ones((1, cache.longest), dtype=torch.long, device=device),
+            )
+        finally:
+            cache.let_go()
+        return cache.scores
 
     def _next(self, state: KvState, token: int) -> Tensor:
         told = not state.position_state
@@ -261,14 +299,6 @@ class Stepper:
             logits: Tensor = self._model(**given).logits
         self.encoder.check_used(arguments)
         return logits[:, -1].float().to(self._here.device)
-
-
-def _fitting(chunk: int, state: KvState) -> int:
-    """At most ``chunk`` tokens, and few enough that a window has room for them beside the first tokens."""
-    if state.window is None or state.paged is None:
-        return chunk
-    most, sinks = state.window
-    return max(1, min(chunk, (most - sinks) // 2))
 
 
 def _together(states: Sequence[KvState]) -> list[PagedSequence] | None:

@@ -189,13 +189,12 @@ class TurnRun:
                 live=self.live,
             )
             allowed = state.kv_limit()
-            slides = kv.overflow == "window" and allowed is not None and self.conversation.kv.paged is not None
-            self.conversation.kv.window = (allowed, kv.sinks) if slides and allowed is not None else None
+            slides = self.conversation.kv.forget_beyond(allowed, kv)
             limit = min((None if slides else allowed) or _NO_LIMIT, state.context_tokens or _NO_LIMIT)
             wanted = self.settings.max_new_tokens
             room = limit - len(prompt.ids)
             enough = wanted if kv.overflow == "refuse" else min(wanted, limit // 4)
-            if room >= enough or (kv.overflow in ("stop", "window") and room > 0):
+            if room >= enough or (kv.overflow in ("stop", "window", "evict") and room > 0):
                 break
             shorter = _without_oldest_turn(history) if kv.overflow == "drop-oldest-turns" else None
             if shorter is None:
@@ -306,6 +305,7 @@ def _too_long(prompt: int, wanted: int, limit: int, kv: KvPolicy) -> str:
         "stop": "start a new conversation, shorten the prompt, or set kv.overflow to 'drop-oldest-turns'",
         "refuse": "lower generation.max_new_tokens, or set kv.overflow to 'stop' or 'drop-oldest-turns'",
         "window": "start a new conversation or shorten the prompt: positions go no further",
+        "evict": "start a new conversation or shorten the prompt: positions go no further",
         "drop-oldest-turns": "there is no older turn left to drop: shorten the prompt",
     }[kv.overflow]
     raised = f" or raise kv.max_tokens above {prompt + wanted}" if source == "kv.max_tokens" else ""

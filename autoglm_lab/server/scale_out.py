@@ -262,7 +262,7 @@ def _notes(policy: MemoryPolicy, facts: ModelFacts, deployment: Deployment) -> l
     moving = [name for name, module in policy.modules.items() if module.residency == "on-demand"]
     if moving:
         notes.append(f"{', '.join(moving)} on demand: vLLM keeps every module on the device")
-    if policy.kv.overflow in ("drop-oldest-turns", "window"):
+    if policy.kv.overflow in ("drop-oldest-turns", "window", "evict"):
         notes.append(f"kv.overflow {policy.kv.overflow}: vLLM ends the answer at the limit")
     if policy.kv.place == "host":
         notes.append("kv.place host: vLLM keeps keys and values on the device")

@@ -31,7 +31,7 @@ export default panel({
         onPick: set(setting),
         options: values.map((value) => [value, ui.t(`${setting} ${value}`), ui.t(`${setting} ${value} hint`)]),
       });
-    const full = choice("overflow", ["drop-oldest-turns", "stop", "window", "refuse"]);
+    const full = choice("overflow", ["drop-oldest-turns", "stop", "window", "evict", "refuse"]);
     const precision = choice("precision", ["model", "int8", "int4"]);
     const place = choice("place", ["device", "host"]);
     const count = (setting, least) =>
@@ -52,6 +52,8 @@ export default panel({
         onDone: (value) => set(setting)(value.trim() || empty),
       });
     const sinks = count("sinks", 0),
+      firstOnes = count("sinks", 0),
+      observation = count("observation", 1),
       most = count("max_conversations", 1),
       chunk = count("chunk", 16);
     const sizes = {
@@ -76,6 +78,19 @@ export default panel({
       keptHost = h("span", { class: "algm-dim algm-num" }),
       keptMedia = h("span", { class: "algm-dim algm-num" });
     const sliding = row("", words(ui.t("first"), sinks.node, ui.t("and latest"), lossy(), cut));
+    const weighed = h("span", { class: "algm-dim algm-small", "data-cost": "evict" }, ui.t("cost evict"));
+    const evicting = row(
+      "",
+      words(
+        ui.t("first"),
+        firstOnes.node,
+        ui.t("and observed"),
+        observation.node,
+        ui.t("and attended"),
+        lossy(),
+        weighed,
+      ),
+    );
     const onHost = row("", words(sizes.prefix_host_bytes.node, ui.t("on host"), keptHost));
     const detail = field({
       label: ui.t("max_image_tokens hint"),
@@ -106,6 +121,7 @@ export default panel({
       row(ui.t("when full"), full.node),
       sliding,
       dropped,
+      evicting,
       row(ui.t("precision"), h("span", { class: "algm-flow" }, precision.node, share, inexact, cost)),
       h(
         "div",
@@ -166,10 +182,13 @@ export default panel({
         tell(state.max_tokens, state.limit);
       }
       full.set(state.overflow, off("overflow"));
-      full.disable("window", !state.paged, ui.t("not paged"));
+      for (const choice of ["window", "evict"]) full.disable(choice, !state.paged, ui.t("not paged"));
       sliding.hidden = state.overflow !== "window";
       dropped.hidden = state.overflow !== "drop-oldest-turns" || state.max_tokens === null;
+      evicting.hidden = state.overflow !== "evict";
       sinks.set(state.sinks, off("sinks"));
+      firstOnes.set(state.sinks, off("sinks"));
+      observation.set(state.observation, off("observation"));
       precision.set(state.precision, off("precision") || !state.paged);
       share.textContent = bytesOf(1) ? ui.t("a token", { bytes: formatBytes(bytesOf(1)) }) : "";
       const whole = state.token_bytes.model;

@@ -25,9 +25,9 @@ FULL = MemoryPolicy(
         "audio": "off",
     },
     kv=KvPolicy(
-        max_tokens=4096, max_bytes="160MiB", overflow="drop-oldest-turns", sinks=4, precision="int8", place="host",
-        chunk=512, graphs=False, reuse=False, max_conversations=2, prefix_bytes="1GiB", prefix_host_bytes="2GiB",
-        encoder_bytes="64MiB",
+        max_tokens=4096, max_bytes="160MiB", overflow="drop-oldest-turns", sinks=4, observation=16, precision="int8",
+        place="host", chunk=512, graphs=False, reuse=False, max_conversations=2, prefix_bytes="1GiB",
+        prefix_host_bytes="2GiB", encoder_bytes="64MiB",
     ),
     reclaim=ReclaimPolicy(every_answers=None, cached_share=0.5, traceback=True, expandable_segments=True),
     generation=GenerationPolicy(
@@ -156,7 +156,12 @@ def test_a_policy_does_not_change_in_place() -> None:
         ({"modules": {"audio": "gone"}}, "'keep', 'on-demand' or 'off' (got 'gone')"),
         ({"modules": {"audio": {"park_to": "moon"}}}, "'auto', 'host' or 'disk' (got 'moon')"),
         ({"modules": {"text": {"precision": "int3"}}}, "or '2:4' (got 'int3')"),
-        ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns', 'window' or 'refuse' (got 'spill')"),
+        ({"kv": {"overflow": "spill"}}, "'stop', 'drop-oldest-turns', 'window', 'evict' or 'refuse' (got 'spill')"),
+        (
+            {"kv": {"overflow": "evict", "max_tokens": 80}},
+            "kv: overflow 'evict' has too few to choose from: 64 of 80 are sinks; raise max_tokens to 96, or lower",
+        ),
+        ({"kv": {"observation": 0}}, "kv.observation: Input should be greater than or equal to 1 (got 0)"),
         ({"kv": {"max_tokens": 3}}, "kv.max_tokens: Input should be greater than or equal to 16 (got 3)"),
         ({"kv": {"max_conversations": 0}}, "kv.max_conversations: Input should be greater than or equal to 1 (got 0)"),
         ({"reclaim": {"cached_share": 1.5}}, "reclaim.cached_share: Input should be less than or equal to 1 (got 1.5)"),

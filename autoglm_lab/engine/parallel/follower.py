@@ -27,8 +27,9 @@ from autoglm_lab.engine.recovery import is_out_of_memory
 from autoglm_lab.engine.step import Stepper
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PageFormat
+from autoglm_lab.memory.kv.paged_sequence import PagedSequence
 from autoglm_lab.memory.ledger import LedgerBook, Row
 from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.models.loading import resolve

@@ -7,7 +7,6 @@ only when its step has ended, so a step that fails half-way through the layers l
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -250,93 +249,3 @@ class KvPool:
         self.prefixes.close()
         for share in self.shares:
             share.close()
-
-
-class PagedSequence:
-    """The keys and values of one conversation: its pages, in order.
-
-    Attributes:
-        tokens: how many it holds.
-        hole: tokens before those that `forget` has let go.
-    """
-
-    def __init__(self, pool: KvPool) -> None:
-        self.pool = pool
-        self.pages: list[int] = []
-        self.tokens = 0
-        self.hole = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its pages, those included that others hold too."""
-        return len(self.pages) * self.pool.page_bytes
-
-    @property
-    def own_pages(self) -> int:
-        """How many pages it alone holds."""
-        # What is shared is what sequences begin with, so the first page of its own can be searched for.
-        pages = tuple(self.pages)
-        return len(pages) - bisect_left(pages, -1, key=lambda page: -self.pool.holders(page))
-
-    @property
-    def own_nbytes(self) -> int:
-        """Bytes of the pages that it alone holds."""
-        return self.own_pages * self.pool.page_bytes
-
-    def reserve(self, tokens: int) -> None:
-        """Take pages for ``tokens`` more tokens. Raises `OutOfMemoryError`; nothing was taken then."""
-        needed = -(-(self.tokens + tokens) // PAGE_TOKENS) - len(self.pages)
-        if needed > 0:
-            self.pages += self.pool.take(needed)
-
-    def keep(self, tokens: int) -> None:
-        """Keep the first ``tokens`` tokens and let the pages behind them go.
-
-        A page that is cut while others hold it, or that is to be kept, is copied first, since the next tokens are
-        written into it. Raises `OutOfMemoryError` where others need it and there is no room; all is as before then.
-        """
-        kept = -(-tokens // PAGE_TOKENS)
-        if tokens % PAGE_TOKENS:
-            cut = self.pages[kept - 1]
-            others = self.pool.holders(cut) > 1
-            if others or self.pool.prefixes.keeps(cut):
-                self._copy(kept - 1, must=others)
-            else:
-                self.pool.prefixes.forget(cut)
-        self.pool.put(self.pages[kept:])
-        self.pages, self.tokens = self.pages[:kept], tokens
-
-    def forget(self, tokens: int, sinks: int) -> bool:
-        """Let whole pages go that hold at least ``tokens``, the oldest after the first ``sinks`` tokens.
-
-        Returns:
-            False, and nothing is changed, where there are not so many.
-        """
-        first, count = -(-sinks // PAGE_TOKENS), -(-tokens // PAGE_TOKENS)
-        if (first + count) * PAGE_TOKENS > self.tokens:
-            return False
-        for page in self.pages[first : first + count]:
-            if self.pool.holders(page) == 1:
-                self.pool.prefixes.forget(page)  # what follows it stays in use, but not behind it
-        self.pool.put(self.pages[first : first + count])
-        del self.pages[first : first + count]
-        self.tokens -= count * PAGE_TOKENS
-        self.hole = first * PAGE_TOKENS
-        return True
-
-    def adopt(self, pages: Sequence[int]) -> None:
-        """Begin anew with full pages that are held for it already (`PrefixStore.hold`)."""
-        self.pool.put(self.pages)
-        self.pages, self.tokens = list(pages), len(pages) * PAGE_TOKENS
-
-    def _copy(self, number: int, *, must: bool) -> None:
-        """Go on with a copy of a page; with the page itself where there is no room and nobody else holds it."""
-        page = self.pages[number]
-        try:
-            self.pages[number] = self.pool.copy(page)
-        except OutOfMemoryError:
-            if must:
-                raise
-            self.pool.prefixes.forget(page)
-        else:
-            self.pool.put([page])

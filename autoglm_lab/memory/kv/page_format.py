@@ -168,6 +168,18 @@ class PageStore:
             if self.scales is not None and scales is not None:
                 self.scales[pages, layer, part, slots] = scales
 
+    def move(self, layer: int, pages: Tensor, slots: Tensor, to_pages: Tensor, to_slots: Tensor) -> None:
+        """Copy one layer of tokens as they lie, each head from a place of its own; the places may overlap.
+
+        Args:
+            pages, slots: where each head of each token is, ``[tokens, kv_heads]``.
+            to_pages, to_slots: where the tokens go, ``[tokens]``.
+        """
+        heads = torch.arange(self.form.kv_heads, device=pages.device)
+        for stored in [self.codes] if self.scales is None else [self.codes, self.scales]:
+            for part in (0, 1):
+                stored[to_pages, layer, part, to_slots] = stored[pages, layer, part, slots, heads]
+
     def read(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of pages ``[batch, pages]``: ``[batch, kv_heads, pages * PAGE_TOKENS, head_dim]`` each."""
         codes = self.codes[:, layer][table]

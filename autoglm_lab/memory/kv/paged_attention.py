@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from autoglm_lab.memory.kv.observing_cache import ObservingCache
 from autoglm_lab.memory.kv.paged_cache import GraphCache, PagedCache
 
 NAME = "autoglm_lab_pages"
@@ -86,7 +87,9 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = attention_mask is None and all(kwargs.get(name) is None for name in _EXTRAS)
-    if plain:
+    if isinstance(cache, ObservingCache):
+        cache.observe(query, scale)
+    elif plain:
         over_pages = cache.attend(query, scale)
         if over_pages is not None:
             return over_pages, None

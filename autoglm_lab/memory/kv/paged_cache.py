@@ -13,8 +13,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from autoglm_lab.memory.kv import paged_kernels
 from autoglm_lab.memory.kv.host_prefetch import HostPrefetch
-from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
+from autoglm_lab.memory.kv.paged_sequence import PagedSequence
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from autoglm_lab.errors import LoadError
+from autoglm_lab.memory.kv.eviction import chunk_within
 from autoglm_lab.memory.kv.host_prefetch import stage_width
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.memory.planning.activations import Activations, captured_batches
@@ -277,15 +278,17 @@ class Planner:
                 notes.append(f"kv.overflow 'refuse' will refuse this: {kept:,} tokens are more than {limit:,}")
             else:
                 notes.append(f"{kept:,} tokens are more than the {limit:,} that may be kept: it is cut to that")
+                if policy.kv.overflow in ("window", "evict") and limits[0] == limit:
+                    notes.append(f"kv.overflow '{policy.kv.overflow}' forgets the others (lossy)")
             kept, prompt = limit, min(prompt, limit)
         for name, field in _NEEDS.items():
             if getattr(workload, field) and name not in self.modules:
                 notes.append(f"this model has no {name}: {field.split('_')[0]} of the workload are left out")
             elif getattr(workload, field) and _residency(policy, name) == "off":
                 notes.append(f"a request with {field.split('_')[0]} is refused: the policy keeps {name} off")
-        chunk = policy.kv.chunk
-        if policy.kv.overflow == "window" and self.kv_tokens(policy) is not None:
-            chunk = max(1, min(chunk, (kept - policy.kv.sinks) // 2))
+        chunk, allowed = policy.kv.chunk, self.kv_tokens(policy)
+        if allowed is not None:
+            chunk = chunk_within(policy.kv, allowed, workload.context)
         form = self._form(policy)
         graphs = self.device.kind == "cuda" and policy.kv.graphs and form is not None
         return Steps(form, prompt, kept, chunk, workload.conversations, graphs), notes

@@ -22,6 +22,11 @@ KV: dict[str, tuple[str, str]] = {
         "Forget tokens after the first ones and go on without end; lossy",
         "保留开头词元，遗忘其后最早的词元，可一直继续；有损",
     ),
+    "overflow evict": ("evict", "按注意力"),
+    "overflow evict hint": (
+        "Forget the tokens after the first ones that got the least attention, and go on without end; lossy",
+        "遗忘开头之后最少被注意的词元，可一直继续；有损",
+    ),
     "overflow refuse": ("refuse", "拒绝"),
     "overflow refuse hint": (
         "Refuse a prompt that does not fit, before it is read",
@@ -29,7 +34,13 @@ KV: dict[str, tuple[str, str]] = {
     ),
     "first": ("first", "保留开头"),
     "and latest": ("tokens, and the latest", "个词元与最近的"),
-    "sinks hint": ("First tokens that the window never forgets", "窗口永不遗忘的开头词元数"),
+    "sinks hint": ("First tokens that are never forgotten", "永不遗忘的开头词元数"),
+    "and observed": ("tokens, the latest", "个词元、最近的"),
+    "and attended": ("and what those attend to", "个及其所注意的"),
+    "observation hint": (
+        "Latest tokens whose attention decides which others stay",
+        "由最近这么多词元的注意力决定其他词元的去留",
+    ),
     "lossy": ("lossy", "有损"),
     "lossy hint": (
         "Answers may differ from those of plain transformers",
@@ -38,6 +49,7 @@ KV: dict[str, tuple[str, str]] = {
     "cost int8": (cost_of("kv int8"), cost_of("kv int8", "zh")),
     "cost int4": (cost_of("kv int4"), cost_of("kv int4", "zh")),
     "cost window": (cost_of("kv window"), cost_of("kv window", "zh")),
+    "cost evict": (cost_of("kv evict"), cost_of("kv evict", "zh")),
     "cost drop-oldest-turns": (cost_of("kv drop-oldest-turns"), cost_of("kv drop-oldest-turns", "zh")),
     "not paged": (
         "this model's layers do not lie in pages",

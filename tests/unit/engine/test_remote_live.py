@@ -106,7 +106,7 @@ def test_a_live_turn_needs_sound_and_is_asked_once(remote: lab.RemoteWorkbench, 
 
 def test_a_live_turn_that_is_stopped_leaves_nothing(wb: lab.Workbench, remote: lab.RemoteWorkbench, pcm: Any) -> None:
     turn = spoken(remote, pcm)
-    assert remote.engine.phase == "idle"
+    assert turn.run.phase == "idle"
     turn.cancel()
     assert turn.result(60).finish_reason == "cancelled"
     assert [info.turns for info in remote.conversations if info.turns] == []

@@ -7,8 +7,9 @@ import random
 import torch
 
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.kv.kv_pool import KvPool, PagedSequence
+from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
+from autoglm_lab.memory.kv.paged_sequence import PagedSequence
 
 
 def test_rows_of_pages_equal_a_count_of_every_page() -> None:

