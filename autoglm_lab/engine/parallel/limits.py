@@ -22,6 +22,11 @@ def refuse_apart(policy: MemoryPolicy, before: MemoryPolicy | None = None) -> No
     kv = policy.kv
     if kv.place != "device":
         raise PolicyError(f"kv.place is {kv.place!r}, but ranks keep their pages on their devices: set it to 'device'")
+    if kv.overflow == "evict":
+        raise PolicyError(
+            "kv.overflow is 'evict', which asks all heads, and each rank has only its own: set it to 'stop', "
+            "'drop-oldest-turns' or 'window'"
+        )
     if before is not None and kv.precision != before.kv.precision:
         raise PolicyError(
             f"kv.precision is {before.kv.precision!r} on every rank since this model was loaded: load it again with "

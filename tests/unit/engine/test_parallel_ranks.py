@@ -120,6 +120,7 @@ def test_what_ranks_cannot_do_is_said_before_it_is_tried(two: Workbench) -> None
             r"placement\.host_bytes is .*but ranks keep their layers on their devices",
         ),
         ({"kv": {"place": "host"}}, r"kv\.place is 'host', but ranks keep their pages on their devices"),
+        ({"kv": {"overflow": "evict"}}, r"kv\.overflow is 'evict', which asks all heads"),
     ],
 )
 def test_a_policy_that_ranks_cannot_obey_is_refused(settings: dict[str, Any], told: str) -> None:
