@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv lab demo doctor test lint types unit notebooks browser peers test-peers clean
+.PHONY: help venv lab demo doctor test lint types unit gpu notebooks browser peers test-peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -33,8 +33,8 @@ demo: $(VENV)/.core
 doctor: $(VENV)/.core
 	$(BIN)/autoglm-lab doctor $(ARGS)
 
-test: lint types unit notebooks browser
-	@$(BIN)/python .ci/count.py .make/unit.xml .make/notebooks.xml .make/browser.xml
+test: lint types unit gpu notebooks browser
+	@$(BIN)/python .ci/count.py $(patsubst %,.make/%.xml,unit gpu notebooks browser)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -43,8 +43,12 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/mypy
 
+# Two processes, each with whole files: more would not fit beside one another's models on a small machine.
 unit: $(VENV)/.test
-	$(PYTEST) tests/unit tests/gpu --junitxml=.make/unit.xml $(ARGS)
+	$(PYTEST) tests/unit --numprocesses 2 --dist loadfile --junitxml=.make/unit.xml $(ARGS)
+
+gpu: $(VENV)/.test
+	$(PYTEST) tests/gpu --junitxml=.make/gpu.xml $(ARGS)
 
 notebooks: $(VENV)/.test
 	$(PYTEST) --nbval-lax notebooks --junitxml=.make/notebooks.xml $(ARGS)
