@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+from autoglm_lab.costs import costs
 from autoglm_lab.memory.planning.planner import Planner
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.precision import MIXED
@@ -14,17 +15,21 @@ from autoglm_lab.policy import MemoryPolicy
 
 _LEAST_KEPT = 1024
 _CHUNKS = (1024, 512, 256)
-KV_LOSS = {"model": 0.0, "int8": 1.9, "int4": 633.0}
-"""By how much keys and values in a precision change the next token: the mean divergence (Kullback-Leibler), in
-millionths of a nat, of the embedded model along its own answers to 24 held-out taps and 24 recalls, in float32."""
-WEIGHT_LOSS: tuple[tuple[Mapping[str, str], float], ...] = (
-    (MIXED["int8"], 4.8),
-    ({**MIXED["int8"], "vision": "int8"}, 10.0),
-    (MIXED["int4"], 362.0),
-    ({**MIXED["int4"], "vision": "int8"}, 363.0),
-    ({"text": "int4", "head": "int4", "vision": "int4"}, 997.0),
+_KV = {"model": (), "int8": ("KV in int8",), "int4": ("KV in int4",)}
+_WEIGHTS: tuple[tuple[Mapping[str, str], tuple[str, ...]], ...] = (
+    (MIXED["int8"], ("text and head in int8",)),
+    ({**MIXED["int8"], "vision": "int8"}, ("all weights in int8",)),
+    (MIXED["int4"], ("text in int4, head in int8",)),
+    ({**MIXED["int4"], "vision": "int8"}, ("text in int4, head in int8", "vision in int8")),
+    ({**MIXED["int4"], "vision": "int4"}, ("text in int4, head in int8", "vision in int4")),
 )
-"""The same of weights, by module. The embedded model's head is its embedding, which is never kept in 4 bits."""
+"""Ways to round, and the settings of `costs.costs` whose divergences add up to what each changes."""
+
+
+def loss(measured: Sequence[str]) -> float:
+    """By how much these settings change the next token: the sum of their divergences, in nats a token."""
+    settings = costs()["settings"]
+    return float(sum(settings[name]["divergence"] for name in measured))
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def qualities(planner: Planner, policy: MemoryPolicy, workload: Workload, *, rou
 
 def _weights(planner: Planner, policy: MemoryPolicy) -> Iterator[tuple[Option, float]]:
     seen: list[dict[str, str]] = []
-    for precisions, loss in WEIGHT_LOSS:
+    for precisions, measured in _WEIGHTS:
         asked = {name: one for name, one in precisions.items() if name in planner.modules}
         settings = {"modules": {name: {"precision": one} for name, one in asked.items()}}
         if asked in seen or asked.keys() & policy.precisions() or not planner.can_keep(policy.replace(**settings)):
@@ -69,11 +74,11 @@ def _weights(planner: Planner, policy: MemoryPolicy) -> Iterator[tuple[Option, f
         seen.append(asked)
         short = (name for name, one in MIXED.items() if asked == {key: one[key] for key in one if key in asked})
         written = f"quantize={next(short, asked)!r}"
-        yield Option(settings, written, "weights are rounded (lossy)"), loss
+        yield Option(settings, written, "weights are rounded (lossy)"), loss(measured)
 
 
 def _precisions(policy: MemoryPolicy) -> Iterator[tuple[Option, float]]:
-    order = list(KV_LOSS)
+    order = list(_KV)
     for precision in order[order.index(policy.kv.precision) :]:
         if precision == policy.kv.precision:
             yield Option(), 0.0
@@ -81,7 +86,7 @@ def _precisions(policy: MemoryPolicy) -> Iterator[tuple[Option, float]]:
         written = f"kv.precision='{precision}'"
         yield (
             Option({"kv": {"precision": precision}}, written, "keys and values are rounded (lossy)"),
-            KV_LOSS[precision],
+            loss(_KV[precision]),
         )
 
 
