@@ -28,7 +28,8 @@ def loaded() -> Iterator[lab.Workbench]:
 
 @pytest.fixture
 def wb(loaded: lab.Workbench) -> Iterator[lab.Workbench]:
-    """The workbench as it was loaded: default policy, every module woken, nothing said."""
+    """The workbench as it was loaded: default policy, every module woken, nothing said, no event told."""
+    loaded.sampler._events.clear()
     yield loaded
     loaded.stop()
     loaded.policy = lab.MemoryPolicy()

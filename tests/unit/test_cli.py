@@ -143,7 +143,7 @@ def test_plan_chooses_a_policy_says_why_and_exports_it(tmp_path: Path) -> None:
     nothing = runner.invoke(cli.app, ["plan", "autoglm-phone-9b", "--budget", "2GiB", "--policy", "auto"])
     assert nothing.exit_code == 1
     assert "No policy fits 2.00 GiB with 1% to spare: the leanest needs" in nothing.output
-    assert "One change would do: a budget of" in nothing.output
+    assert "One change would do: rounded weights, quantize='auto' (lossy), or a budget of" in nothing.output
 
 
 def test_plan_says_what_it_cannot_do(tmp_path: Path) -> None:
