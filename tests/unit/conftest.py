@@ -28,8 +28,11 @@ def loaded() -> Iterator[lab.Workbench]:
 
 @pytest.fixture
 def wb(loaded: lab.Workbench) -> Iterator[lab.Workbench]:
-    """The workbench as it was loaded: default policy, every module woken, nothing said, no event told."""
-    loaded.sampler._events.clear()
+    """The workbench as it was loaded: default policy, every module woken, nothing said, no other event told."""
+    told = loaded.sampler._events
+    first = [event for event in told if event.kind == "loaded"]
+    told.clear()
+    told.extend(first)
     yield loaded
     loaded.stop()
     loaded.policy = lab.MemoryPolicy()
