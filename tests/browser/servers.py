@@ -35,10 +35,10 @@ def free_port() -> int:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The tests' own Jupyter folders; one thread, since the machine is small."""
+    """The tests' own folders, where nothing of an earlier run is found; one thread, since the machine is small."""
     places = {
         name: str(folder / name.lower())
-        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "XDG_CACHE_HOME")
     }
     root = os.pathsep.join([str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     return os.environ | places | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
