@@ -186,6 +186,7 @@ class Workbench(EngineBench):
         """
         if self.engine.state.ranks is not None:
             raise LabError("fine-tuning needs the whole model in one process: load it without tensor_parallel")
+        self._refuse_several("fine-tuning is for one device")
         if self._tuner is None:
             if importlib.util.find_spec("peft") is None:
                 raise LabError('fine-tuning needs the extra "train": pip install "autoglm-lab[train]"')
@@ -193,6 +194,11 @@ class Workbench(EngineBench):
 
             self._tuner = Tuner(self.engine, self._book, self._recompute)
         return self._tuner
+
+    def _refuse_several(self, why: str) -> None:
+        count = len(self.engine.state.accelerators)
+        if count > 1:
+            raise LabError(f"{why}, and this model lies on {count}: load it without devices=")
 
     def _recompute(self, load: TrainingLoad) -> frozenset[int] | None:
         return planner(self.outline(), self.plan_device(self.policy.budget)).recompute(self.policy, load)
@@ -251,7 +257,12 @@ class Workbench(EngineBench):
         return self._outline
 
     def plan_device(self, budget: int | None) -> PlanDevice:
-        """The device with what was measured on it, and what is left over in this process while nothing runs."""
+        """The device with what was measured on it, and what is left over in this process while nothing runs.
+
+        Raises:
+            LabError: the model lies on several devices, and a plan is of one.
+        """
+        self._refuse_several("a plan is of one device")
         idle = (sample for sample in reversed(self.sampler.samples()) if sample.phase == "idle")
         leftovers = max(0, next((sample.unattributed for sample in idle), 0))
         return replace(plan_device(None, budget, self.engine.state.accelerator), leftovers=leftovers)

@@ -45,6 +45,8 @@ class PolicyChange:
             )
         if state.ranks is not None:
             refuse_apart(policy, before)
+        if len(state.accelerators) > 1 and policy.kv.place == "host":
+            raise PolicyError("kv.place='host' is for one device: on several, keys and values lie beside their layers")
         self._keep_what_fits(policy, before)
         if state.ranks is not None and policy.budget != before.budget:
             state.ranks.set_budget(policy.budget)

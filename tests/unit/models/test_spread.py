@@ -168,6 +168,18 @@ def test_quantised_pages_lie_on_both(pair: Workbench) -> None:
     pair.policy = MemoryPolicy()
 
 
+def test_what_is_for_one_device_is_refused_in_a_sentence(pair: Workbench) -> None:
+    before = pair.policy
+    with pytest.raises(LabError, match=r"kv\.place='host' is for one device"):
+        pair.policy = before.replace(kv={"place": "host"})
+    assert pair.policy == before
+    with pytest.raises(LabError, match="a plan is of one device, and this model lies on 2"):
+        pair.plan()
+    with pytest.raises(LabError, match="fine-tuning is for one device, and this model lies on 2"):
+        pair.finetune([])
+    assert pair.chat("Hello", conversation="goes on").result().text
+
+
 @pytest.mark.parametrize(
     ("devices", "told"),
     [
