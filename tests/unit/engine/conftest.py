@@ -1,12 +1,16 @@
-"""A picture and a sound to ask about; what they show does not matter."""
+"""A picture and a sound to ask about, whatever they show; and the workbench from afar."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import autoglm_lab as lab
+from autoglm_lab.serving import serve
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,16 @@ def picture() -> Image.Image:
 @pytest.fixture(scope="session")
 def sound() -> Any:
     return (np.random.default_rng(1).normal(size=20_000) * 0.1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def url(loaded: lab.Workbench) -> Iterator[str]:
+    with serve(loaded, port=0) as service:
+        yield service.url
+
+
+@pytest.fixture
+def remote(wb: lab.Workbench, url: str) -> Iterator[lab.RemoteWorkbench]:
+    """The workbench behind its own service."""
+    with lab.connect(url) as bench:
+        yield bench

@@ -28,18 +28,6 @@ NUMBER = next(sample for sample in SAMPLES if sample.name == "number")
 
 
 @pytest.fixture(scope="module")
-def url(loaded: lab.Workbench) -> Iterator[str]:
-    with serve(loaded, port=0) as service:
-        yield service.url
-
-
-@pytest.fixture
-def remote(wb: lab.Workbench, url: str) -> Iterator[lab.RemoteWorkbench]:
-    with lab.connect(url) as bench:
-        yield bench
-
-
-@pytest.fixture(scope="module")
 def pcm() -> Any:
     import soundfile
 

@@ -24,18 +24,6 @@ from tests.unit.engine import peers
 from tests.unit.widgets.browser import browser_sends, open_view, until
 
 
-@pytest.fixture(scope="module")
-def url(loaded: lab.Workbench) -> Iterator[str]:
-    with serve(loaded, port=0) as service:
-        yield service.url
-
-
-@pytest.fixture
-def remote(wb: lab.Workbench, url: str) -> Iterator[lab.RemoteWorkbench]:
-    with lab.connect(url) as bench:
-        yield bench
-
-
 def test_it_answers_as_the_model_itself(wb: lab.Workbench, remote: lab.RemoteWorkbench, picture: Any) -> None:
     asked: list[dict[str, Any]] = [
         {"text": "你是谁?"},
