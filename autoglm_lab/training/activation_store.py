@@ -1,12 +1,15 @@
 """Where a layer's activations wait for the backward pass: on the device, or in pinned host memory.
 
 On CUDA copies run on a stream of their own: a layer's activations leave while the next layers compute, and come back
-one layer before the backward pass needs them. On a CPU the host is the device, so a copy is just that; the bytes are
-counted the same.
+one layer before the backward pass needs them. All of their memory belongs to the computing stream, which waits for a
+copy before it goes on in memory that the copy reads or writes: Python runs far ahead of the device, and an allocator
+that is told of two streams would give nothing out again before both are done. On a CPU the host is the device, so a
+copy is just that; the bytes are counted the same.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +37,16 @@ class HostCopy:
         if self._back is None and self._host is not None:
             self._back, self._ready = self._store.come(self._host, self._device)
 
+    def let_go(self) -> None:
+        """Keep the host's copy alone."""
+        if self._ready is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._ready)
+        self._back = self._ready = None
+
     def release(self) -> Tensor | None:
         """Give up what it holds; the host's copy, to be used again."""
-        host, self._host, self._back, self._ready = self._host, None, None, None
+        self.let_go()
+        host, self._host = self._host, None
         return host
 
     def get(self) -> Tensor:
@@ -45,9 +55,7 @@ class HostCopy:
         back = self._back
         assert back is not None
         if self._ready is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(self._ready)
-            back.record_stream(current)
+            torch.cuda.current_stream(self._device).wait_event(self._ready)
         return back
 
 
@@ -66,9 +74,10 @@ class ActivationStore:
     def __init__(self, device: torch.device, *, least: int = LEAST_BYTES) -> None:
         self._least, self._cuda = least, device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._cuda else None
-        self._leaving: list[torch.cuda.Event] = []
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._free: dict[int, list[Tensor]] = {}
         self._layers: dict[int, list[HostCopy]] = {}
+        self._back: set[int] = set()
         self._skip: frozenset[int] = frozenset()
         self.moved, self.pinned = 0, 0
 
@@ -78,10 +87,12 @@ class ActivationStore:
 
     def begin_step(self) -> None:
         """Forget the copies of the step before; its pinned memory is used again."""
+        self._let_go(0)
         for copies in self._layers.values():
             for copy in copies:
                 self._recycle(copy)
         self._layers.clear()
+        self._back.clear()
 
     def hooks(self, layer: int) -> torch.autograd.graph.saved_tensors_hooks:
         """A context in which what autograd saves belongs to ``layer`` and goes to the host."""
@@ -123,37 +134,50 @@ class ActivationStore:
         if self._stream is None:
             return tensor.clone()
         host = self._buffer(tensor)
-        while len(self._leaving) >= _IN_FLIGHT:
-            # The allocator may give the tensor's memory out again only after the copy: do not run ahead of it.
-            torch.cuda.current_stream(tensor.device).wait_event(self._leaving.pop(0))
+        self._let_go(_IN_FLIGHT - 1)
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(self._stream):
             host.copy_(tensor, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        tensor.record_stream(self._stream)
-        self._leaving.append(event)
+            event = self._stream.record_event()
+        self._leaving.append((tensor, event))
         return host
 
     def come(self, host: Tensor, device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
         """Bring a copy back; on CUDA an event says when it is there."""
         if self._stream is None:
             return host, None
+        self._let_go(0)
+        back = torch.empty_like(host, device=device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # what computed in this memory before
         with torch.cuda.stream(self._stream):
-            back = host.to(device, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self._stream)
+            back.copy_(host, non_blocking=True)
+            event = self._stream.record_event()
         return back, event
+
+    def _let_go(self, most: int) -> None:
+        """Hold no more than ``most`` tensors whose copies are on their way out."""
+        while len(self._leaving) > most:
+            tensor, event = self._leaving.popleft()
+            torch.cuda.current_stream(tensor.device).wait_event(event)
 
     def _fetch(self, layer: int, copy: HostCopy) -> Tensor:
         """The layer's tensor; meanwhile the next layer that the backward pass comes to begins to come."""
-        for one in self._layers.get(layer, ()):
-            one.prefetch()
+        for passed in [index for index in self._back if index > layer]:
+            self._back.discard(passed)
+            for one in self._layers[passed]:
+                one.let_go()
+        self._bring(layer)
         tensor = copy.get()
         before = max((index for index in self._layers if index < layer), default=None)
-        for one in self._layers.get(before, ()) if before is not None else ():
-            one.prefetch()
+        if before is not None:
+            self._bring(before)
         return tensor
+
+    def _bring(self, layer: int) -> None:
+        if layer not in self._back:
+            self._back.add(layer)
+            for one in self._layers[layer]:
+                one.prefetch()
 
     def _buffer(self, tensor: Tensor) -> Tensor:
         """Pinned memory of the tensor's shape, used again from step to step."""
