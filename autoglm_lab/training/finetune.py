@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from autoglm_lab.engine.messages import AudioPart, ImagePart, Message
 from autoglm_lab.engine.recovery import evict, free_all, is_out_of_memory
 from autoglm_lab.engine.state import EngineState
 from autoglm_lab.errors import EngineClosedError, OutOfMemoryError, TrainingError
@@ -132,19 +133,20 @@ class Finetuning:
             self._unregister(self)
             state.enter("idle")
             if not self._closing:
+                state.reclaim("training is over")  # before the encoders come back: both may be more than there is
                 for name in parked:
                     state.residency[name].wake("training is over")
                 forget_answers(state, "the model was trained")
                 state.prepare_steps()
-                state.reclaim("training is over")
 
     def _read(self) -> Iterator[Example]:
         """The examples, media encoded; lines that the model cannot take are left out and named."""
         state, problems = self._state, list(self.run.problems)
         state.enter("encode", self.run.peaks)
-        state.residency.ensure(state.residency, "training data")
+        state.residency.ensure([name for name in state.residency if name not in ENCODERS], "training data")
         for line, messages in zip(self._dataset.lines, self._dataset, strict=True):
             try:
+                state.residency.ensure(self._encoders_of(messages), f"line {line} of the training data")
                 example = self._examples.example(messages)
                 check_length(example, self._course.max_tokens or state.context_tokens, line)
             except ValueError as error:
@@ -155,6 +157,12 @@ class Finetuning:
             yield example
         self.run.problems = tuple(problems)
         state.enter("idle")
+
+    def _encoders_of(self, messages: Sequence[Message]) -> list[str]:
+        """The modules beside the decoder that a dialogue has work for."""
+        kinds = {type(part) for message in messages for part in message.parts}
+        needs = [name for kind, name in ((ImagePart, "vision"), (AudioPart, "audio")) if kind in kinds]
+        return [name for name in (*needs, *["projector"] * bool(needs)) if name in self._state.residency]
 
     def _park_idle(self) -> list[str]:
         """Park the encoders that no step will run. Returns those that were on the device."""
