@@ -52,16 +52,7 @@ class Layers:
     def _forward(self, index: int, module: nn.Module, keeping: Keeping) -> Callable[..., Any] | None:
         plain: Callable[..., Any] = type(module).forward.__get__(module)
         if keeping.recompute:
-            put = self._store.put if keeping.on_host else None
-            chance = any(isinstance(one, nn.Dropout) and one.p and one.training for one in module.modules())
-
-            def again(hidden: Tensor, *rest: Any, **named: Any) -> Any:
-                if not torch.is_grad_enabled():
-                    return plain(hidden, *rest, **named)
-                call = _Call(index, plain, rest, named, put, chance)
-                return _Recomputed.apply(call, hidden, _anchor(hidden))  # type: ignore[no-untyped-call]
-
-            return again
+            return recomputing(module, index, self._store.put if keeping.on_host else None)
         if keeping.on_host:
 
             def offloaded(hidden: Tensor, *rest: Any, **named: Any) -> Any:
@@ -70,6 +61,27 @@ class Layers:
 
             return offloaded
         return None
+
+
+def recomputing(
+    module: nn.Module, index: int = 0, put: Callable[[int, Tensor], Callable[[], Tensor]] | None = None
+) -> Callable[..., Any]:
+    """A decoder layer's forward that keeps its input alone.
+
+    Args:
+        index: of the layer, for ``put``.
+        put: keeps the input elsewhere, and says how to have it back; None: where it is.
+    """
+    plain: Callable[..., Any] = type(module).forward.__get__(module)
+    chance = any(isinstance(one, nn.Dropout) and one.p and one.training for one in module.modules())
+
+    def again(hidden: Tensor, *rest: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return plain(hidden, *rest, **named)
+        call = _Call(index, plain, rest, named, put, chance)
+        return _Recomputed.apply(call, hidden, _anchor(hidden))  # type: ignore[no-untyped-call]
+
+    return again
 
 
 @dataclass(frozen=True, eq=False)

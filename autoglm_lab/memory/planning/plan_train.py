@@ -12,7 +12,7 @@ from autoglm_lab.memory.planning.allocator_model import AllocatorModel
 from autoglm_lab.memory.planning.tape import Tape
 from autoglm_lab.memory.planning.traced_model import Kind
 from autoglm_lab.memory.planning.training_load import TrainingLoad
-from autoglm_lab.memory.planning.training_trace import trace, trace_loss
+from autoglm_lab.memory.planning.training_trace import TrainingTape, trace, trace_loss
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.decoder_layers import core_of, decoder_layers, linear_layers
 from autoglm_lab.models.loading import Outline
@@ -54,7 +54,10 @@ class StepCost:
         loss: needed for the loss beyond what is kept.
         backward: needed to go back through a layer beyond what is kept.
         tail: the most at the end of the backward pass.
-        cached: what the allocator holds around the tensors.
+        again: needed beyond that to go back through a layer that runs again.
+        cached: what the allocator holds around the tensors where no layer runs again.
+        rerun: the same where some do; it hardly grows with them.
+        cached_layer: further bytes for each layer that keeps everything.
     """
 
     layer: int
@@ -64,7 +67,16 @@ class StepCost:
     loss: int
     backward: int
     tail: int
+    again: int
     cached: int
+    rerun: int
+    cached_layer: int
+
+    def reserved(self, kept: Sequence[Keeping], *, moves: bool) -> int:
+        """The most bytes that the allocator takes from the device; see `peak`."""
+        whole = sum(not one.recompute for one in kept)
+        around = self.cached if whole == len(kept) else self.rerun
+        return self.peak(kept, moves=moves) + max(0, around + whole * self.cached_layer)
 
     def peak(self, kept: Sequence[Keeping], *, moves: bool) -> int:
         """The most bytes in tensors at a time."""
@@ -80,7 +92,7 @@ class StepCost:
         total = self.rest + sum(sizes)
         forward, found = total + self.loss, [self.tail]
         for one, size in zip(reversed(kept), reversed(sizes), strict=True):
-            again = self.layer if one.recompute else 0
+            again = self.layer + self.again if one.recompute else 0
             # A layer comes back from the host before it is needed, and the one before it with it.
             back = 2 * self._whole(one) if moves and one.on_host else 0
             found.append(total + self.backward + again + back)
@@ -145,8 +157,9 @@ class TrainingCosts:
             return step
         # Of a step only the loss depends on how it is cut.
         some = min(rows, _SLICES * max(policy.loss_chunk, _LOSS_CHUNK))
-        (loss, cached), (before, cached_before) = (self._loss(some, one) for one in (policy.loss_chunk, _LOSS_CHUNK))
-        return replace(step, loss=step.loss + loss - before, cached=max(0, step.cached + cached - cached_before))
+        (loss, around), (before, around_before) = (self._loss(some, one) for one in (policy.loss_chunk, _LOSS_CHUNK))
+        more = around - around_before
+        return replace(step, loss=step.loss + loss - before, cached=step.cached + more, rerun=step.rerun + more)
 
     def _loss(self, rows: int, chunk: int) -> tuple[int, int]:
         """The most bytes in tensors, and what the allocator holds around them."""
@@ -172,22 +185,24 @@ class TrainingCosts:
         """The fewest layers computed again, as training tries them, with which a step takes ``room`` bytes at most."""
         half, every = recomputed(self.layers, "every-k", 2), recomputed(self.layers, "every-layer", 1)
         for chosen in (frozenset[int](), half):
-            if step.peak(self.kept(policy, chosen), moves=self._kind == "cuda") + step.cached <= room:
+            if step.reserved(self.kept(policy, chosen), moves=self._kind == "cuda") <= room:
                 return chosen
         return every
 
     def _traced(self, load: TrainingLoad, micro_batch: int, loss_chunk: int) -> StepCost:
-        few, more = (
-            trace(
+        def traced(layers: int, *, recompute: bool = False) -> TrainingTape:
+            return trace(
                 self._model.config, self._dtype, self._kind, layers, load, micro_batch=micro_batch,
-                loss_chunk=loss_chunk, precisions=self._precisions,
-            )
-            for layers in (_LAYERS, 2 * _LAYERS)
-        )  # fmt: skip
+                loss_chunk=loss_chunk, recompute=recompute, precisions=self._precisions,
+            )  # fmt: skip
+
+        few, more, again = traced(_LAYERS), traced(2 * _LAYERS), traced(2 * _LAYERS, recompute=True)
         layer, movable = ((b - a) // _LAYERS for a, b in ((few.kept, more.kept), (few.large, more.large)))
         text = self._model.config.get_text_config()
         given = micro_batch * load.tokens * int(text.hidden_size) * self._dtype.itemsize
-        return StepCost(
+        low = self._cached(few.tape)
+        each = max(0, self._cached(more.tape) - low) // _LAYERS
+        step = StepCost(
             layer=layer,
             movable=movable,
             given=given,
@@ -195,8 +210,13 @@ class TrainingCosts:
             loss=few.loss - few.kept,
             backward=max(0, few.top - few.kept),
             tail=few.tail,
-            cached=self._cached(more.tape),
+            again=0,
+            cached=low - _LAYERS * each,
+            rerun=self._cached(again.tape),
+            cached_layer=each,
         )
+        told = step.peak((Keeping(recompute=True),) * (2 * _LAYERS), moves=False)
+        return replace(step, again=max(0, again.top - told))
 
 
 def _ends(linear: nn.Module) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from autoglm_lab.memory.planning.traced_model import shortened
 from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.models.anatomy import anatomy
 from autoglm_lab.models.chunked_loss import next_token_loss
-from autoglm_lab.models.decoder_layers import core_of, linear_layers
+from autoglm_lab.models.decoder_layers import core_of, decoder_layers, linear_layers
 from autoglm_lab.models.precision import convert
 from autoglm_lab.models.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from autoglm_lab.models.quantized_products import slice_rows
@@ -33,10 +33,10 @@ from autoglm_lab.schedule import LEAST_BYTES
 
 @dataclass(frozen=True)
 class TrainingTape:
-    """One micro-batch of a model with few layers. Gradients are there before it, and are not in it.
+    """One micro-batch of a model with few layers. Gradients, which are made in it, count in its tape alone.
 
     Attributes:
-        tape: forward, loss and backward.
+        tape: forward, loss and backward; what it does not free are the gradients.
         kept: bytes when the forward pass is over.
         large: bytes of these in tensors that may go to the host.
         loss: the most while the loss is computed.
@@ -61,11 +61,13 @@ def trace(
     *,
     micro_batch: int,
     loss_chunk: int,
+    recompute: bool = False,
     precisions: Mapping[str, str] | None = None,
 ) -> TrainingTape:
     """Record a micro-batch of dialogues that are equally long, and all of whose tokens have labels.
 
     Args:
+        recompute: every layer keeps its input alone and runs again.
         precisions: of the weights, by module (`precision.convert`).
 
     Raises:
@@ -78,12 +80,13 @@ def trace(
     _without_codes(model, kind, mode)
     learning = _learning(model, load, mode)
     recorder = Recorder(mode, model)
-    recorder.ignore(*learning, *(one.grad for one in learning if one.grad is not None))
+    recorder.ignore(*learning)
     collects = gc.isenabled()
     gc.disable()
     try:
         with torch.inference_mode(mode=False), torch.enable_grad(), _attention(kind), recorder:
-            marks = _run(model, dtype, recorder, load.tokens, micro_batch, loss_chunk)
+            with _computing_again(model) if recompute else contextlib.nullcontext():
+                marks = _run(model, dtype, recorder, load.tokens, micro_batch, loss_chunk)
             tape = recorder.tape
     finally:
         if collects:
@@ -151,8 +154,24 @@ def _run(
     return before, after
 
 
+@contextlib.contextmanager
+def _computing_again(model: Any) -> Iterator[None]:
+    """Training's own layers. They are told apart from what moves to the host, which looks at addresses."""
+    from autoglm_lab.training.layers import recomputing
+
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.__dict__["forward"] = recomputing(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+
+
 def _told(tape: Tape, marks: tuple[int, int], layers: int) -> TrainingTape:
     sizes = -(-np.asarray(tape.sizes, np.int64) // GRAIN) * GRAIN
+    sizes[sorted(set(range(len(sizes))) - {~at for at in tape.order if at < 0})] = 0  # gradients
     live = np.cumsum([0, *(sizes[at] if at >= 0 else -sizes[~at] for at in tape.order)])
     before, after = marks
     held: Counter[int] = Counter()
@@ -167,7 +186,7 @@ def _told(tape: Tape, marks: tuple[int, int], layers: int) -> TrainingTape:
 
 
 def _learning(model: Any, load: TrainingLoad, mode: FakeTensorMode) -> list[nn.Parameter]:
-    """What learns, with a gradient that is there already."""
+    """What learns."""
     if load.method == "full":
         names = {name for spec in anatomy(model) if spec.name == "text" for name in spec.tensors}
         learning = [parameter for name, parameter in model.named_parameters() if name in names]
@@ -175,8 +194,6 @@ def _learning(model: Any, load: TrainingLoad, mode: FakeTensorMode) -> list[nn.P
         learning = [one for name in linear_layers(model) for one in _adapted(model.get_submodule(name), load, mode)]
     for parameter in learning:
         parameter.requires_grad_(True)
-        with mode:
-            parameter.grad = torch.empty_like(parameter)
     return learning
 
 

@@ -11,6 +11,7 @@ from autoglm_lab.memory.planning.plan_train import TrainingCosts
 from autoglm_lab.memory.planning.training_load import TrainingLoad
 from autoglm_lab.models.loading import outline
 from autoglm_lab.policy import TrainingPolicy
+from autoglm_lab.schedule import Keeping
 from autoglm_lab.units import MiB
 
 LOAD = TrainingLoad("lora", 700, 4)
@@ -30,6 +31,8 @@ def test_another_slice_of_the_loss_is_planned_as_a_trace_of_all_has_it(
     assert step.loss == whole.loss != default.loss
     for name in ("layer", "movable", "rest", "backward", "tail"):
         assert getattr(step, name) == getattr(whole, name)
-    assert abs(step.cached - whole.cached) <= SEGMENT
+    for kept in (Keeping(), Keeping(recompute=True)):
+        layers = [kept] * costs.layers
+        assert abs(step.reserved(layers, moves=False) - whole.reserved(layers, moves=False)) <= 2 * SEGMENT
     longer = costs.step(LOAD, TrainingPolicy(micro_batch=1, loss_chunk=4096))
     assert longer == costs.step(LOAD, TrainingPolicy(micro_batch=1, loss_chunk=1024)), "there are no more tokens"
