@@ -23,6 +23,7 @@ from autoglm_lab.engine.pieces import reads_in_pieces
 from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.question import Question
+from autoglm_lab.engine.row_merge import RowMerge
 from autoglm_lab.errors import ContextLimitError, ConversationError
 from autoglm_lab.memory.kv.observing_cache import ObservingCache
 from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from autoglm_lab.engine.parallel.ranks import Ranks
 
 _NO_LIMIT = 1 << 60
+_OF_TOKENS = {"input_ids", "position_ids", "attention_mask", "block_sequence_ids", "logits_to_keep"}
+"""What a forward is given that reads no image and no sound."""
 
 
 class Stepper:
@@ -293,8 +296,9 @@ class Stepper:
         ours = isinstance(cache, PagedCache) and self._configs
         over_pages = paged(self._configs, cache) if ours else contextlib.nullcontext()  # type: ignore[arg-type]
         together = contextlib.nullcontext() if self._ranks is None else self._ranks.step(cache, arguments, self._lean)
+        merging = contextlib.nullcontext() if arguments.keys() <= _OF_TOKENS else RowMerge()
         # On several devices each part of the model makes its own the current one; afterwards it is this one again.
-        with together, over_pages, self._lean.active(), torch.cuda.device_of(self._here):
+        with together, over_pages, self._lean.active(), merging, torch.cuda.device_of(self._here):
             given: dict[str, Any] = {self._cache_name: cache, "use_cache": True, **arguments}
             logits: Tensor = self._model(**given).logits
         self.encoder.check_used(arguments)
