@@ -47,7 +47,7 @@ class Accelerator:
         self._machine = CudaMachine(device) if self.kind == "cuda" else HostMachine()
         self.name, self.total, self.context = self._machine.name, self._machine.total, self._machine.context
         self.notes = self._machine.notes
-        self.grown = DriverGrowth(lambda: self._driver_bytes() - self.context)
+        self.grown = DriverGrowth(self._beyond_context)
 
     # what is held
 
@@ -141,17 +141,23 @@ class Accelerator:
             with self.growth("libraries"):
                 self._machine.take_workspaces()
 
-    def _driver_bytes(self) -> int:
-        """What the process holds beside torch's allocator and the slabs, from figures of one moment; 0: hidden."""
-        held = 0
+    def _driver_bytes(self) -> int | None:
+        """What the process holds beside torch's allocator and the slabs, from figures of one moment; None: the driver
+        hides it, or slabs were mapped or unmapped all the while: their bytes would count as the driver's.
+        """
         for _ in range(_TRIES):
             before = self.counters()
             process = self._machine.process_bytes()
             after = self.counters()
-            held = 0 if process is None else process - after.reserved - after.slabs
+            if process is None:
+                return None
             if before == after and not after.moving:
-                break
-        return held
+                return process - after.reserved - after.slabs
+        return None
+
+    def _beyond_context(self) -> int | None:
+        held = self._driver_bytes()
+        return None if held is None else held - self.context
 
     # what may be held
 
@@ -174,7 +180,7 @@ class Accelerator:
         """
         self.budget = nbytes
         # What the driver took outside of every bracket has no name, but takes its part of a card all the same.
-        self._taken = max(self.context + self.grown.nbytes, self._driver_bytes())
+        self._taken = max(self.context + self.grown.nbytes, self._driver_bytes() or 0)
         self._apply_budget()
 
     def _apply_budget(self) -> None:

@@ -16,10 +16,10 @@ class DriverGrowth:
     used. None of it is in torch's allocator; it shows only in what NVML says of the process.
 
     Args:
-        beyond: bytes that the driver holds for this process beyond its context, now.
+        beyond: bytes that the driver holds for this process beyond its context, now; None: that cannot be told now.
     """
 
-    def __init__(self, beyond: Callable[[], int]) -> None:
+    def __init__(self, beyond: Callable[[], int | None]) -> None:
         self._beyond = beyond
         self._lock = threading.Lock()
         self._parts: dict[str, int] = {}
@@ -42,7 +42,8 @@ class DriverGrowth:
     def during(self, what: str, times: int | None = None) -> Iterator[None]:
         """Count what the driver takes while this is open under ``what``.
 
-        Brackets may lie in one another and on several threads: what one has counted, no other counts again.
+        Brackets may lie in one another and on several threads: what one has counted, no other counts again. One at
+        whose begin or end nothing can be told counts nothing.
         """
         with self._lock:
             seen = self._times[what] = self._times.get(what, 0) + 1
@@ -54,14 +55,17 @@ class DriverGrowth:
             yield
         finally:
             with self._lock:
-                taken = self._beyond() - sum(self._parts.values()) - before
-                self._parts[what] = self._parts.get(what, 0) + taken
+                beyond = self._beyond()
+                if before is not None and beyond is not None:
+                    taken = beyond - sum(self._parts.values()) - before
+                    self._parts[what] = self._parts.get(what, 0) + taken
 
     def forget(self) -> None:
         """Begin anew: the context was read again, and holds what was taken so far."""
         with self._lock:
             self._parts.clear()
 
-    def _unnamed(self) -> int:
+    def _unnamed(self) -> int | None:
         with self._lock:
-            return self._beyond() - sum(self._parts.values())
+            beyond = self._beyond()
+            return None if beyond is None else beyond - sum(self._parts.values())

@@ -17,8 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from autoglm_lab.units import GiB
+
 MOST_LINES = 500
 """Lines that the file keeps; the oldest go first."""
+_MOST_GROWN = 2 * GiB
+"""No driver was seen to take half of it; more is a misreading."""
 _LATEST = 20
 
 
@@ -127,7 +131,8 @@ class PlanRecord:
 
     def learnt(self, device: str) -> Learnt | None:
         """What the device took for itself; None: nothing is known of it."""
-        latest = [entry for entry in self.entries(device) if entry.context > 0][-_LATEST:]
+        sound = (entry for entry in self.entries(device) if entry.context > 0 and entry.grown <= _MOST_GROWN)
+        latest = list(sound)[-_LATEST:]
         if not latest:
             return None
         context = round(median(entry.context for entry in latest))

@@ -94,6 +94,28 @@ def test_a_slab_on_its_way_while_the_bracket_ends_is_waited_for(
     assert gpu.grown.parts == {}
 
 
+@pytest.mark.parametrize("at", ["begin", "end"])
+def test_slabs_that_move_for_long_are_never_the_drivers(gpu: Accelerator, card: Card, at: str) -> None:
+    move = gpu.moving()
+    if at == "begin":
+        move.__enter__()
+        card.outside += 11 * GiB  # mapped, and not counted yet
+    with gpu.growth("first decode"):
+        if at == "begin":
+            gpu.hold(11 * GiB)
+            move.__exit__(None, None, None)
+        else:
+            move.__enter__()
+            card.outside += 11 * GiB
+    assert gpu.grown.parts == {}
+    gpu.set_budget(16 * GiB)
+    if at == "end":
+        gpu.hold(11 * GiB)
+        move.__exit__(None, None, None)
+    assert gpu.headroom() == 5 * GiB - 600 * MiB
+    assert card.cap == 5 * GiB - 600 * MiB
+
+
 def test_only_the_first_uses_are_measured_when_asked_so(gpu: Accelerator, card: Card) -> None:
     for _ in range(5):
         with gpu.growth("decode", times=2):
