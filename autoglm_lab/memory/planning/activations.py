@@ -17,12 +17,10 @@ from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import precisions_of
 from autoglm_lab.schedule import BATCH_SIZES, FEED_FORWARD_TOKENS, prefill_chunks
-from autoglm_lab.units import MiB
 
 _LEAST_LAYERS = 3
-_GRAPH_SCRATCH = 22 * MiB
-"""What the first capture takes beside its tensors, for libraries: 23.6 MiB were measured for one captured step and 44.6
-for a second of four rows (docs/benchmarks.md, "keys and values"), of which tensors explain 2 and 22."""
+_MOST_WHOLE = 16
+"""Chunks of a prompt that are played one by one into transformers' own cache; of more, those that can hold the peak."""
 _SHORT, _LONG = (64, 128, 256, 384), (1024, 1536, 2048, 3072)
 
 _MOST_TAPES = 64
@@ -148,11 +146,13 @@ class Activations:
         return tape.peak if self._kind == "cpu" else _reserved(tape)
 
     def _graphs(self, steps: Steps) -> int:
-        pool = AllocatorModel()
+        pool, tried = AllocatorModel(), AllocatorModel()
         for size in captured_batches(steps.batch):
             tape = self._captured(steps.form, size)
             pool.play(tape)
-        return pool.reserved + _GRAPH_SCRATCH
+            if size > 1:  # each step runs once before it is captured, in a stream whose blocks no other stream uses
+                tried.play(tape)
+        return pool.reserved + tried.reserved
 
     def _captured(self, form: PageFormat | None, size: int) -> Tape:
         return self._tape(("captured", form, size), lambda: self._traced.decode(form, size, 255))
@@ -234,10 +234,16 @@ class Activations:
     # models whose cache cannot be paged
 
     def _own(self, steps: Steps, encode: Peak | None, features: int) -> Work:
-        prefill, kept = self._owning(tuple(_telling(self._chunks(steps))))
-        whole, all_kept = self._owning((*_telling(self._chunks(steps)), (steps.kept - 1, steps.kept)))
+        chunks = tuple(self._chunks(steps))
+        if len(chunks) > _MOST_WHOLE:
+            chunks = tuple(_telling(list(chunks)))
+        prefill, kept = self._owning(chunks)
+        whole, all_kept = self._owning((*chunks, (steps.kept - 1, steps.kept)))
         growth = max(0, all_kept - kept)
-        decode = Peak(max(prefill.allocated, whole.allocated), max(prefill.reserved, whole.reserved) + growth)
+        reserved = max(prefill.reserved, whole.reserved)
+        # Tensors that come and go take what encoding left; keys and values hardly do, a little at a time for long.
+        left = max(0, (0 if encode is None else encode.reserved) - features - reserved)
+        decode = Peak(max(prefill.allocated, whole.allocated), reserved + growth, left)
         return Work(encode, prefill, decode, features, all_kept)
 
     def _owning(self, chunks: tuple[tuple[int, int], ...]) -> tuple[Peak, int]:

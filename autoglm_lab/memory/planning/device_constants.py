@@ -26,8 +26,10 @@ class PlanDevice:
         free: what this process may have of it now: less than ``total`` where others hold some.
         context: the process before it holds anything of ours.
         loaded: what the driver takes on top until the weights are there.
-        working: the same when every phase has been gone through once: kernels, streams, graphs.
-        workspaces: what cuBLAS keeps in torch's allocator.
+        eager: the same when every phase of an answer has been gone through once.
+        working: the same where steps were captured: a second stream, and graphs.
+        training: the same after a step of training, whose kernels are others.
+        workspaces: what cuBLAS keeps in torch's allocator for two streams, the engine's and that of captures.
         estimated: whether the constants were measured on another kind of device.
         host_free: bytes of host memory that can be had beside a GPU; None: not known.
         leftovers: what this process holds that no owner answers for: variables, what Python took since the start.
@@ -39,7 +41,9 @@ class PlanDevice:
     free: int
     context: int
     loaded: int
+    eager: int
     working: int
+    training: int
     workspaces: int
     estimated: bool
     leftovers: int = 0
@@ -47,10 +51,11 @@ class PlanDevice:
 
 
 # docs/benchmarks.md, "ledger", in the column without owners: what the driver holds beside weights and allocator was
-# 678 MiB after loading and 770 MiB after every phase and capture, of which 518 to 660 MiB were there before any tensor.
-_CONTEXT, _LOADED, _WORKING = 570 * MiB, 108 * MiB, 200 * MiB
-# Two streams (the engine's and that of captures), 33.5 MiB each on Hopper; elsewhere cuBLAS asks for 8.1 MiB.
-_WORKSPACES, _SMALLER_WORKSPACES = 67 * MiB, 17 * MiB
+# 678 MiB after loading, 690 after an answer without captured steps, 760 to 770 with them, and 830 after a step of
+# training ("plans"); of that, 518 to 660 MiB were there before any tensor.
+_CONTEXT, _LOADED, _EAGER, _WORKING, _TRAINING = (size * MiB for size in (570, 108, 120, 190, 260))
+# 33.5 MiB a stream on Hopper, in segments of whole 2 MiB; elsewhere cuBLAS asks for 8.1 MiB.
+_WORKSPACES, _SMALLER_WORKSPACES = 2 * 34 * MiB, 17 * MiB
 # Python with torch and transformers, anonymous memory, on Linux.
 _HOST_CONTEXT = 420 * MiB
 
@@ -84,13 +89,16 @@ def measured(accelerator: Accelerator) -> PlanDevice:
     rows = {row.name: row.nbytes or 0 for row in accelerator.holdings()}
     context, grown = accelerator.context, accelerator.grown.nbytes
     if accelerator.kind == "cpu":
-        return PlanDevice(accelerator.name, "cpu", reading.total, free, context, 0, 0, 0, estimated=False)
+        return _host(accelerator.name, reading.total, free, context, estimated=False)
     device = corrected(_cuda(accelerator.name, reading.total, free))
+    more = device.context - context if context else 0
     return replace(
         device,
         context=context or device.context,
         loaded=min(grown, device.loaded) if grown else device.loaded,
-        working=max(grown, device.context + device.working - context) if context else device.working,
+        eager=device.eager + more,
+        working=max(grown, device.working + more),
+        training=max(grown, device.training + more),
         workspaces=max(rows.get("workspaces", 0), device.workspaces),
         estimated=False,
         host_free=host_memory()[1],
@@ -104,11 +112,14 @@ def corrected(device: PlanDevice, record: PlanRecord | None = None) -> PlanDevic
         return device
     if device.kind == "cpu":
         return replace(device, context=learnt.context, estimated=False)
+    more = device.context - learnt.context
     return replace(
         device,
         context=learnt.context,
         loaded=min(device.loaded, learnt.grown),
+        eager=min(device.eager + more, learnt.grown),
         working=learnt.grown,
+        training=max(device.training + more, learnt.grown),
         workspaces=learnt.workspaces or device.workspaces,
         estimated=False,
     )
@@ -125,8 +136,7 @@ def _of_torch(name: str, budget: int | None) -> PlanDevice:
         raise LabError(f"there is no device or card {name!r}: {_known()}") from None
     if device.type == "cpu":
         total, free = host_memory()
-        where = PlanDevice("CPU, memory of this machine", "cpu", total, free, _HOST_CONTEXT, 0, 0, 0, estimated=True)
-        return corrected(where)
+        return corrected(_host("CPU, memory of this machine", total, free, _HOST_CONTEXT, estimated=True))
     if device.type != "cuda":
         raise LabError(f"memory on {device.type!r} devices is not planned: {_known()}")
     if torch.cuda.is_available():
@@ -144,7 +154,12 @@ def _cuda(name: str, total: int, free: int) -> PlanDevice:
     hopper = any(chip in name.upper() for chip in _HOPPER)
     spaces = _WORKSPACES if hopper or name == "a CUDA card" else _SMALLER_WORKSPACES
     known = "H200" in name.upper()
-    return PlanDevice(name, "cuda", total, free, _CONTEXT, _LOADED, _WORKING, spaces, estimated=not known)
+    taken = (_CONTEXT, _LOADED, _EAGER, _WORKING, _TRAINING)
+    return PlanDevice(name, "cuda", total, free, *taken, spaces, estimated=not known)
+
+
+def _host(name: str, total: int, free: int, context: int, *, estimated: bool) -> PlanDevice:
+    return PlanDevice(name, "cpu", total, free, context, 0, 0, 0, 0, 0, estimated=estimated)
 
 
 def _known() -> str:

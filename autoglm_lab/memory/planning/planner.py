@@ -35,6 +35,7 @@ from autoglm_lab.units import format_bytes
 
 _CHUNK = 2 << 20
 _GRAIN = 512
+_STAGES = "KV stages"
 _NEEDS: dict[Medium, str] = {"vision": "images", "audio": "audio_seconds"}
 
 
@@ -176,18 +177,20 @@ class Planner:
         needed = [*kept, *(name for name in media if name not in kept and _residency(policy, name) != "off")]
         work = self._activations.work(steps, workload, media)
         idle = self._kv(steps, steps.kept) * (workload.conversations - 1)
-        phases = [self._phase("load", weights, kept, self._fixed(loading=True))]
+        phases = [self._phase("load", weights, kept, self._fixed(self.device.loaded))]
+        taken = self._fixed(self.device.working if steps.graphs else self.device.eager, streams=1 + steps.graphs)
         if work.encode is not None:
             rows = self._kv_rows(policy, idle, "KV, other conversations")
-            phases.append(self._phase("encode", weights, needed, [*self._fixed(), *rows, *_work(work.encode)]))
+            phases.append(self._phase("encode", weights, needed, [*taken, *rows, *_work(work.encode)]))
         own = [PlanRow("KV", "kv", work.own_cache * workload.conversations, "transformers' own cache")]
         rows = own if steps.form is None else self._kv_rows(policy, idle + self._kv(steps, steps.prompt))
-        rows = [*self._fixed(), *rows, *_encoder_rows(work.features), *_work(work.prefill)]
+        rows = [*taken, *rows, *_encoder_rows(work.features), *_work(work.prefill)]
         phases.append(self._phase("prefill", weights, needed, rows))
         written = self._kv(steps, steps.kept) * workload.conversations
         rows = own if steps.form is None else self._kv_rows(policy, written)
-        rows = [*self._fixed(), *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
-        rows += [*self._graph_rows(policy, steps, work), *_work(work.decode)]
+        rows = [*taken, *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
+        graphs = self._graph_rows(policy, steps, work)
+        rows += [*graphs, *_work(_less_left(work.decode, sum(row.nbytes for row in graphs if row.name == _STAGES)))]
         rows += [
             PlanRow(name, "weights", weights.slabs[name], "goes where memory is short, or when its time is over", True)
             for name in needed
@@ -203,18 +206,18 @@ class Planner:
         staying = [name for name in kept if name not in _NEEDS or not policy.training.cache_features]
         learning = self._training.learning(load, policy.training.optimizer)
         rows = [
-            *self._fixed(),
+            *self._fixed(self.device.training, streams=2),
             PlanRow("adapters", "owner", learning.adapters, "low-rank weights in float32"),
             PlanRow("gradients", "owner", learning.gradients, "gradients of the weights that learn"),
             PlanRow("optimiser states", "owner", learning.states, f"states of {policy.training.optimizer}"),
         ]
-        loading = self._phase("load", weights, kept, self._fixed(loading=True))
+        loading = self._phase("load", weights, kept, self._fixed(self.device.loaded))
         step, _ = self._step_cost(policy, load)
         if step is not None:
             chosen = self._chosen(policy, self._phase("train", weights, staying, rows), step)
             again = self._training.kept(policy.training, chosen)
-            peak = step.peak(again, moves=self.device.kind == "cuda")
-            rows += _work(Peak(peak, peak + step.cached))
+            moves = self.device.kind == "cuda"
+            rows += _work(Peak(step.peak(again, moves=moves), step.reserved(again, moves=moves)))
         return loading, self._phase("train", weights, staying, rows)
 
     def recompute(self, policy: MemoryPolicy, load: TrainingLoad) -> frozenset[int] | None:
@@ -244,11 +247,17 @@ class Planner:
         stages = PlanRow("text stages", "weights", weights.stages, "where parts of layers come to from the host")
         return PhasePlan(name, tuple(row for row in (*slabs, stages, *rows) if row.nbytes))
 
-    def _fixed(self, *, loading: bool = False) -> list[PlanRow]:
-        device, grown = self.device, self.device.loaded if loading else self.device.working
+    def _fixed(self, grown: int, *, streams: int = 1) -> list[PlanRow]:
+        """What the device's libraries and its driver take.
+
+        Args:
+            grown: bytes that the driver takes on top of the context.
+            streams: that have workspaces: captures have one of their own, and so has the backward pass.
+        """
+        device = self.device
         told = "measured on another kind of device" if device.estimated else "as measured on this kind of device"
         return [
-            PlanRow("workspaces", "owner", device.workspaces, f"kept by cuBLAS, {told}"),
+            PlanRow("workspaces", "owner", device.workspaces * streams // 2, f"kept by cuBLAS, {told}"),
             PlanRow("context", "context", device.context, f"the process before it holds anything, {told}"),
             PlanRow("driver growth", "context", grown, f"kernels and streams, {told}"),
             PlanRow("unattributed", "unattributed", device.leftovers, "what no owner answers for, as it is now"),
@@ -263,7 +272,7 @@ class Planner:
         return [
             PlanRow("decode graphs", "owner", work.graphs, "working memory of captured decode steps"),
             PlanRow("decode graphs' page", "owner", 0 if on_host else self._stride(steps.form), "of their empty rows"),
-            PlanRow("KV stages", "owner", stages, "one layer of every row, while the next one comes from the host"),
+            PlanRow(_STAGES, "owner", stages, "one layer of every row, while the next one comes from the host"),
         ]
 
     # parts
@@ -379,6 +388,11 @@ def _residency(policy: MemoryPolicy, name: str) -> str:
 
 def _encoder_rows(nbytes: int) -> list[PlanRow]:
     return [PlanRow("encoder outputs", "owner", nbytes, "what the encoders gave for the images and sounds")]
+
+
+def _less_left(peak: Peak, nbytes: int) -> Peak:
+    """Where so many bytes come out of what the allocator has left."""
+    return replace(peak, left=max(0, peak.left - nbytes))
 
 
 def _work(peak: Peak) -> list[PlanRow]:

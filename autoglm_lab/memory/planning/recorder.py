@@ -26,6 +26,7 @@ _MOST_REAL = 1 << 20
 """Elements of the largest tensor that is real."""
 _FEW = 4096
 """Elements of inputs that cannot make a large tensor, but for a mask of every pair."""
+_CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
 def without_data(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -122,11 +123,13 @@ class Recorder(TorchDispatchMode):
         self._order.append(~at)
 
 
-class DeviceAttention(TorchFunctionMode):
-    """Scaled dot-product attention as the device would compute it: what it allocates, no numbers.
+class DeviceKernels(TorchFunctionMode):
+    """Attention and convolutions as the device would compute them: what they allocate, no numbers.
 
-    On CUDA half precision without a mask is FlashAttention; the rest, where keys have as many heads as queries, is the
-    memory-efficient kernel; what is left is written out as matrices. On a CPU it is the flash kernel of torch.
+    Attention on CUDA: half precision without a mask is FlashAttention; the rest, where keys have as many heads as
+    queries, is the memory-efficient kernel; what is left is written out as matrices. On a CPU it is the flash kernel
+    of torch. Convolutions on CUDA in half precision: cuDNN brings input and weight into the order of its tensor cores,
+    and the result back where it is more than one place.
     """
 
     def __init__(self, kind: Literal["cuda", "cpu"]) -> None:
@@ -137,7 +140,10 @@ class DeviceAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             return self._attend(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func in _CONVOLUTIONS and self._kind == "cuda" and isinstance(result, FakeTensor):
+            _work_of_convolution(args[0], args[1], result)
+        return result
 
     def _attend(
         self,
@@ -169,6 +175,14 @@ class DeviceAttention(TorchFunctionMode):
         return torch.softmax(scores, -1) @ value
 
 
+def _work_of_convolution(given: Tensor, weight: Tensor, result: Tensor) -> None:
+    if result.dtype not in (torch.float16, torch.bfloat16):
+        return
+    places = result[0, 0].numel()
+    nbytes = given.nbytes + weight.nbytes + (result.nbytes if places > 1 else 0)
+    result.new_empty(nbytes, dtype=torch.uint8)
+
+
 def flash(query: Tensor, value: Tensor) -> Tensor:
     """What FlashAttention allocates for queries ``[batch, heads, new, head_dim]``: the result and a sum a row."""
     batch, heads, new, dim = query.shape
@@ -195,7 +209,7 @@ def recording(mode: FakeTensorMode, model: nn.Module, kind: Literal["cuda", "cpu
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.no_grad(), DeviceAttention(kind), recorder:
+        with torch.no_grad(), DeviceKernels(kind), recorder:
             yield recorder
     finally:
         if collects:

@@ -198,7 +198,7 @@ def _one_kernel(hidden: Tensor) -> Tensor:
 
 def _fused_norms(model: Any) -> set[type[nn.Module]]:
     """The classes of norms that are what their name says: one kernel stands in for them."""
-    classes = {type(module): module for module in rms_norms(model)}
+    classes = {type(module): module for module in rms_norms(model) if getattr(module, "weight", None) is not None}
     return {cls for cls, module in classes.items() if _is_rms_norm(module)}
 
 

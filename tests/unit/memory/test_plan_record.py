@@ -24,7 +24,8 @@ ENTRY = PlanEntry(
     grown=120 * MiB,
     workspaces=67 * MiB,
 )
-H200 = PlanDevice("NVIDIA H200", "cuda", 100, 100, 570 * MiB, 108 * MiB, 200 * MiB, 17 * MiB, estimated=True)
+TAKEN = (570 * MiB, 108 * MiB, 120 * MiB, 200 * MiB, 260 * MiB)
+H200 = PlanDevice("NVIDIA H200", "cuda", 100, 100, *TAKEN, 17 * MiB, estimated=True)
 
 
 @pytest.fixture
