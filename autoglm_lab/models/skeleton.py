@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import threading
 
 import torch
 import transformers
@@ -22,6 +23,10 @@ _AUTO = (
     "AutoModelForSpeechSeq2Seq",
     "AutoModel",
 )
+
+# While it builds a model, transformers makes its dtype the default of the whole process: of two that build at the same
+# time, the one that ends last would leave the other's behind.
+_building = threading.Lock()
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -58,7 +63,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     rank's (`tensor_parallel.mark`) gives that rank's model.
     """
     cls = model_class(config)
-    with torch.device("meta"), _safe_creation():
+    with _building, torch.device("meta"), _safe_creation():
         model = cls._from_config(copy.deepcopy(config), dtype=dtype)
     _keep_in_float32(model, dtype)
     for parameter in model.parameters():
