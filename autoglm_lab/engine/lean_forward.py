@@ -25,8 +25,9 @@ class LeanForward:
 
     def __init__(self, model: Any) -> None:
         device: torch.device = model.device
+        self._on_cuda = device.type == "cuda"
         self._modules = feed_forwards(model)
-        self._norms = rms_norms(model) if device.type == "cuda" and _has_triton() else []
+        self._norms = rms_norms(model) if self._on_cuda and _has_triton() else []
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
 
     @property
@@ -75,18 +76,26 @@ class LeanForward:
                 if "forward" in module.__dict__:  # someone else's stand-in: a hook of accelerate's, an adapter
                     continue
                 width = _width(module)
+                if width is None:
+                    continue
                 forward = make(module)
                 kind = type(module), width
                 if kind not in verdicts:
                     verdicts[kind] = _same(module, forward, width)
                 if verdicts[kind]:
                     found.append((module, forward))
+        if self._modules and self._on_cuda:
+            torch.cuda.empty_cache()  # trials leave blocks of other sizes than steps need
         return found
 
 
-def _width(module: nn.Module) -> int:
+def _width(module: nn.Module) -> int | None:
+    """Of its input; None: it has no weights that would tell, as some families' norms of values."""
     linear = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
-    return int(linear.in_features if linear is not None else next(module.parameters()).shape[-1])
+    if linear is not None:
+        return int(linear.in_features)
+    weight = next(module.parameters(), None)
+    return None if weight is None else int(weight.shape[-1])
 
 
 def _sliced(module: nn.Module) -> Callable[[Tensor], Tensor]:
