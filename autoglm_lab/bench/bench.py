@@ -22,6 +22,12 @@ from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.workbench import Workbench
 
 
+def wanted(name: str, words: str | None) -> bool:
+    """Whether a name holds one of ``words``, which commas separate; None: every name is wanted."""
+    given = [word.strip() for word in (words or "").split(",") if word.strip()]
+    return not given or any(word in name for word in given)
+
+
 class Bench:
     """The model, the machine, and how large the run is to be.
 
@@ -111,6 +117,10 @@ class Bench:
         if self._kept is not None:
             with self._kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def wants(self, name: str) -> bool:
+        """Whether a row of this name was asked for: it holds one of the words, or no word was given."""
+        return wanted(name, self.rows)
 
     def judge(self, meets: bool) -> bool | None:
         """The verdict of a figure; None in a small run, whose figures say nothing about the bars."""

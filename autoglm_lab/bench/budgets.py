@@ -58,6 +58,8 @@ def run(bench: Bench) -> Report:
     notes = list(_NOTES)
     for budget in _SMALL_BUDGETS if bench.small else _BUDGETS:
         size = format_bytes(budget)
+        if not bench.wants(size):
+            continue
         bench.say(f"transformers under {size}")
         theirs = fresh(f"{_HERE}:stock", _PATIENCE, budget=budget, small=bench.small)
         bench.keep({"row": f"{size}, {_STOCK}", **theirs})

@@ -48,7 +48,8 @@ def bench(
     ] = None,
     ranks: Annotated[int, typer.Option(min=2, help="Devices of parallel.")] = 2,
     rows: Annotated[
-        str | None, typer.Option(metavar="WORDS", help="Rows of plan or quality that hold one of these: phone,cap")
+        str | None,
+        typer.Option(metavar="WORDS", help="Rows of plan, budgets, quality that hold one of these: phone,cap"),
     ] = None,
     predict_only: Annotated[
         bool, typer.Option("--predict-only", help="plan: predict its rows and measure none; needs no GPU.")

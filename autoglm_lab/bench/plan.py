@@ -6,8 +6,10 @@ them. Its peer is what accelerate's ``estimate-memory`` says of the same model a
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from autoglm_lab.bench.report import Figure, Report
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.planning.cards import find_card
 from autoglm_lab.memory.planning.device_constants import PlanDevice, plan_device
-from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.plan import PhasePlan, Plan
 from autoglm_lab.memory.planning.plan_choice import choose
 from autoglm_lab.memory.planning.planner import Planner, planner
 from autoglm_lab.memory.planning.workload import Workload
@@ -36,8 +38,9 @@ from autoglm_lab.units import GiB
 _OFF, _UNDER, _REST, _APART = 2.0, -1.0, 5.0, 1.0
 _ABOVE, _BELOW = 1.03, 0.99
 _PATIENCE = 400
-_AT_ONCE = 4
-_ROOM = 120 * GiB
+_AT_ONCE = 8
+_SHARED = 0.92
+"""The share of what is free that plans of rows may add up to: one that is too low leaves the others their room."""
 _MEASURED = (
     "Measured: the most that torch's allocator, weights and pages held together, and the most that the driver showed "
     "beside them, sampled every 3 ms in a process of its own. Rows run side by side where the device has room: each "
@@ -129,7 +132,7 @@ def run(bench: Bench) -> Report:
     """Every row whose name holds one of the words that were asked for; each is written as soon as it is there."""
     plans = Plans(bench)
     rows = plan_rows.small() if bench.small else (*plan_rows.accuracy(), *caps(plans.planner(PHONE, "auto")))
-    rows = plan_rows.chosen(rows, bench.rows)
+    rows = tuple(row for row in rows if bench.wants(row.name))
     if bench.predict_only:
         return bench.report("plan, predicted", [_predicted(bench, plans, row) for row in rows], _FORETOLD, _PEER)
     elsewhere = {} if bench.predicted is None else read_predicted(bench.predicted)
@@ -160,7 +163,7 @@ def read_predicted(file: Path) -> dict[str, int]:
 
 def _predicted(bench: Bench, plans: Plans, row: Setting) -> Figure:
     plan, estimate = plans.of(row)
-    nbytes = max(phase.nbytes for phase in plan.phases)
+    nbytes = _largest(plan).nbytes
     bench.keep({"row": row.to_dict(), "predicted": nbytes, "estimate_memory": estimate})
     bench.say(row.name)
     return Figure(row.name, "B", nbytes, {"estimate-memory": estimate})
@@ -267,14 +270,43 @@ def _where(bench: Bench) -> PlanDevice:
     return plan_device(name if find_card(name) is not None else str(bench.device), None, None)
 
 
+class _Room:
+    """Bytes of the device that rows which run side by side share; on a CPU they run one after the other."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left, self._whole = nbytes, nbytes
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, nbytes: int) -> Iterator[None]:
+        """Wait for so many bytes, or for all of them where there are fewer."""
+        nbytes = min(nbytes, self._whole)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= nbytes)
+            self._left -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += nbytes
+                self._changed.notify_all()
+
+
 def _outcomes(bench: Bench, plans: Plans, rows: Sequence[Setting]) -> list[Outcome]:
     found = []
-    at_once = _AT_ONCE if bench.cuda and torch.cuda.mem_get_info(bench.device)[0] >= _ROOM else 1
+    planned = {row.name: plans.of(row) for row in rows}
+    free = torch.cuda.mem_get_info(bench.device)[0] if bench.cuda else 0
+    room, at_once = _Room(int(_SHARED * free)), _AT_ONCE if bench.cuda else 1
+
+    def measured(row: Setting) -> dict[str, Any]:
+        with room.take(_largest(planned[row.name][0]).nbytes):
+            return _measured(row)
+
     with ThreadPoolExecutor(at_once) as workers:
-        measured: list[Future[dict[str, Any]]] = [workers.submit(_measured, row) for row in rows]
-        for row, future in zip(rows, measured, strict=True):
-            plan, estimate = plans.of(row)
-            largest = max(plan.phases, key=lambda phase: phase.nbytes)
+        futures: list[Future[dict[str, Any]]] = [workers.submit(measured, row) for row in rows]
+        for row, future in zip(rows, futures, strict=True):
+            plan, estimate = planned[row.name]
+            largest = _largest(plan)
             rest = largest.nbytes - sum(largest.of_kind(kind) for kind in ("weights", "context", "unattributed"))
             outcome = Outcome(row, largest.nbytes, rest, estimate, future.result())
             found.append(outcome)
@@ -283,6 +315,10 @@ def _outcomes(bench: Bench, plans: Plans, rows: Sequence[Setting]) -> list[Outco
                 f"{row.name}: {outcome.measured['outcome']}" + (f", {outcome.off:+.2f} %" if outcome.done else "")
             )
     return found
+
+
+def _largest(plan: Plan) -> PhasePlan:
+    return max(plan.phases, key=lambda phase: phase.nbytes)
 
 
 def _measured(row: Setting) -> dict[str, Any]:

@@ -85,12 +85,6 @@ def small() -> tuple[Setting, ...]:
     )
 
 
-def chosen(rows: tuple[Setting, ...], words: str | None) -> tuple[Setting, ...]:
-    """The rows whose names hold one of ``words``, which commas separate; None: all."""
-    wanted = [word.strip() for word in (words or "").split(",") if word.strip()]
-    return tuple(row for row in rows if not wanted or any(word in row.name for word in wanted))
-
-
 def _phone() -> Iterator[Setting]:
     for tokens in (512, 2048, 8192, 16_384):
         yield Setting(f"phone, {tokens:,} tokens", PHONE, tokens)

@@ -22,22 +22,30 @@ _STEPS = 2
 class Watcher:
     """Samples what the process holds, in a thread of its own. Bytes.
 
+    While the model comes only `process` is looked at: nobody answers for the weights yet.
+
     Attributes:
         held: the most in torch's allocator, weights and pages together.
         rest: the most of that beside weights, once the model is loaded.
         weights: the most of that in weights.
         driver: the most that the driver showed beside them.
         process: the most that the process held.
+        accelerator: whose counters are read.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.held = self.rest = self.weights = self.driver = self.process = 0
         self.hidden = False
-        self.bench: Workbench | None = None
-        self._accelerator = accelerator
+        self._bench: Workbench | None = None
+        self.accelerator = accelerator
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+
+    def watch(self, bench: Workbench) -> None:
+        """From now on by the workbench's own counters."""
+        self.accelerator, self._bench = bench.engine.state.accelerator, bench
+        self.look()
 
     def stop(self) -> None:
         self._stopped.set()
@@ -46,24 +54,26 @@ class Watcher:
 
     def look(self) -> None:
         """One sample; those that straddle a change are left out."""
-        before = self._accelerator.counters()
-        process = self._accelerator.reading().process
-        weights = self._weights()
-        after = self._accelerator.counters()
+        bench, accelerator = self._bench, self.accelerator
+        before = accelerator.counters()
+        process = accelerator.reading().process
+        weights = 0 if bench is None else self._weights(bench)
+        after = accelerator.counters()
         if before != after or after.moving:
+            return
+        self.hidden |= process is None
+        self.process = max(self.process, process or 0)
+        if bench is None:
             return
         held = after.reserved + after.slabs
         self.held, self.weights = max(self.held, held), max(self.weights, weights)
-        if self.bench is not None:  # before that, nobody answers for the weights that come
-            self.rest = max(self.rest, held - weights)
-        if process is None:
-            self.hidden = True
-            return
-        self.process, self.driver = max(self.process, process), max(self.driver, process - held)
+        self.rest = max(self.rest, held - weights)
+        if process is not None:
+            self.driver = max(self.driver, process - held)
 
-    def _weights(self) -> int:
-        bench = self.bench
-        rows = () if bench is None else bench.engine.state.residency.holdings()
+    @staticmethod
+    def _weights(bench: Workbench) -> int:
+        rows = bench.engine.state.residency.holdings()
         return sum(row.nbytes or 0 for row in rows if row.kind == "weights" and row.place == "device")
 
     def _watch(self) -> None:
@@ -81,8 +91,7 @@ def measure(row: Setting) -> dict[str, Any]:
     told: dict[str, Any] = {"name": row.name, "device": accelerator.name, "outcome": "done", "phases": {}}
     try:
         with opened(row, policy, accelerator) as bench:
-            watcher.bench = bench
-            watcher.look()
+            watcher.watch(bench)
             told["policy"] = bench.policy.to_dict()
             told["phases"] = _learn(bench, row) if row.train else _ask(bench, row)
             watcher.stop()
@@ -94,17 +103,17 @@ def measure(row: Setting) -> dict[str, Any]:
         told |= {"outcome": "failed", "why": f"{type(error).__name__}: {error}"}
     if accelerator.kind == "cpu":  # nothing is held apart from the process, and its peaks are the kernel's
         peak = max([watcher.process, *told["phases"].values()])
-        total, rest = peak, max(0, peak - accelerator.context - watcher.weights)
+        total, rest = peak, max(0, peak - watcher.accelerator.context - watcher.weights)
     else:
-        total, rest = watcher.held + watcher.driver, watcher.rest
+        total, rest = max(watcher.process, watcher.held + watcher.driver), watcher.rest
     return told | {
         "total": total,
         "rest": rest,
         "driver": watcher.driver,
         "process": watcher.process,
         "hidden": watcher.hidden,
-        "context": accelerator.context,
-        "grown": accelerator.grown.parts,
+        "context": watcher.accelerator.context,
+        "grown": watcher.accelerator.grown.parts,
     }
 
 

@@ -45,7 +45,7 @@ def length(workbench: Workbench, messages: list[dict[str, Any]]) -> int:
         enable_thinking=False,
     )
     ids = batch["input_ids"]
-    return len(ids[0]) if isinstance(ids[0], list) else len(ids)
+    return len(ids) if isinstance(ids[0], int) else len(ids[0])  # one dialogue, or a batch of one: a list or a tensor
 
 
 def user(text: str, *images: Image.Image) -> dict[str, Any]:

@@ -68,9 +68,8 @@ def _count(bench: Bench) -> int:
 
 def _chosen(bench: Bench, settings: tuple[Setting, ...]) -> Iterator[Setting]:
     """All settings, those that ``rows`` names, or few in a small run."""
-    words = [word.strip() for word in (bench.rows or "").split(",") if word.strip()]
     for one in settings:
-        if any(word in one.name for word in words) if words else not _quick(bench) or one.name in _QUICK:
+        if bench.wants(one.name) and (bench.rows or not _quick(bench) or one.name in _QUICK):
             yield one
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from autoglm_lab.bench import plan, plan_rows
-from autoglm_lab.bench.bench import Bench
+from autoglm_lab.bench.bench import Bench, wanted
 from autoglm_lab.bench.plan import Outcome, Plans, landing
 from autoglm_lab.bench.plan_models import FAMILIES, made_up_processor
 from autoglm_lab.bench.plan_rows import GEMMA, PHONE, QWEN, Setting
@@ -21,6 +21,10 @@ from autoglm_lab.errors import LabError
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, MiB
+
+
+def rows_with(words: str) -> list[Setting]:
+    return [row for row in plan_rows.small() if wanted(row.name, words)]
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_a_row_is_measured_in_a_process_of_its_own_and_written_at_once(bench: Be
 
 @pytest.mark.parametrize("words", ["qwen, narrow", "gemma, narrow"])
 def test_families_that_have_no_processor_here_answer(words: str) -> None:
-    (row,) = plan_rows.chosen(plan_rows.small(), words.split(",", maxsplit=1)[0])
+    (row,) = rows_with(words.split(",", maxsplit=1)[0])
     told = measure(row)
     assert told["outcome"] == "done"
     assert told["phases"].keys() >= {"encode", "prefill", "decode"}
@@ -61,7 +65,7 @@ def test_families_that_have_no_processor_here_answer(words: str) -> None:
 
 
 def test_a_budget_that_is_too_small_is_an_outcome() -> None:
-    (row,) = plan_rows.chosen(plan_rows.small(), "too small")
+    (row,) = rows_with("too small")
     told = measure(row)
     assert told["outcome"] == "out of memory"
     assert outcome(row, **told).meets is True
@@ -73,7 +77,7 @@ def test_there_are_enough_rows_and_each_has_a_name_of_its_own() -> None:
     assert len({row.name for row in rows}) == len(rows)
     assert {row.model for row in rows} == {PHONE, "autoglm-article", QWEN, GEMMA}
     assert all(row == Setting.from_dict(json.loads(json.dumps(row.to_dict()))) for row in rows)
-    assert [row.name for row in plan_rows.chosen(rows, "window, float16")] == [
+    assert [row.name for row in rows if wanted(row.name, "window, float16")] == [
         "phone, 4,096 tokens, float16",
         "phone, 8,192 tokens in a window of 4,096",
     ]
@@ -106,7 +110,7 @@ def test_a_budget_is_to_be_held_or_broken() -> None:
 
 
 def test_a_training_is_measured_as_a_row() -> None:
-    (row,) = plan_rows.chosen(plan_rows.small(), "train")
+    (row,) = rows_with("train")
     told = measure(row)
     assert told["outcome"] == "done"
     assert told["process"] > told["context"]
