@@ -54,7 +54,8 @@ def test_the_ledger_closes_before_and_after_every_move(book: LedgerBook, residen
     for move in (residency["text"].park, residency["text"].wake, residency["vision"].park, residency["head"].park):
         move().result(60)
         ledger = closed(book.read())
-        assert abs(ledger.unattributed - base) < 8 * MiB, str(ledger)
+        # 8 MiB that the driver keeps beside 1.1 GiB of mapped pages were seen to come and go with them.
+        assert abs(ledger.unattributed - base) < 12 * MiB, str(ledger)
     assert residency["text"].nbytes <= ledger.nbytes("text") < residency["text"].nbytes + 4 * MiB
     assert ledger.nbytes("vision") == 0
     assert ledger.nbytes("vision", "host") >= residency["vision"].nbytes

@@ -137,7 +137,7 @@ def test_releasing_waits_for_kernels_of_every_stream(device: torch.device) -> No
     slab = CudaSlab(256 * MiB, device)
     weights = slab.commit().view(torch.float32)[: 4096 * 4096].view(4096, 4096)
     weights.fill_(1.0)
-    inputs = torch.ones(4096, 4096, device=device)
+    inputs = torch.ones(4096, 4096, dtype=torch.float32, device=device)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
