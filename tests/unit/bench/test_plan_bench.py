@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from autoglm_lab.bench.plan import Outcome, Plans, landing
 from autoglm_lab.bench.plan_models import FAMILIES, made_up_processor
 from autoglm_lab.bench.plan_rows import GEMMA, PHONE, QWEN, Setting
 from autoglm_lab.bench.plan_worker import measure
+from autoglm_lab.bench.prompts import length, screen, user
+from autoglm_lab.engine.messages import read_messages
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.policy import MemoryPolicy
@@ -62,6 +65,15 @@ def test_families_that_have_no_processor_here_answer(words: str) -> None:
     predicted, _ = Plans(Bench(small=True, say=lambda _: None)).of(row)
     assert predicted["encode"].of("activations") > 0
     assert not [note for note in predicted.notes if "could not be traced" in note]
+
+
+def test_a_prompt_is_as_long_as_its_row_says_images_included() -> None:
+    (row,) = rows_with("qwen")
+    config = FAMILIES[QWEN](small=True)
+    processor = made_up_processor(config)
+    asked = [user("x", *(screen(seed, *row.image_size) for seed in range(row.images)))]
+    batch = processor.apply_chat_template([message.for_processor() for message in read_messages(asked)])
+    assert length(SimpleNamespace(processor=processor), asked) == batch["input_ids"].shape[1] > 16  # type: ignore[arg-type]
 
 
 def test_a_budget_that_is_too_small_is_an_outcome() -> None:

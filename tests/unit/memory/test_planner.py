@@ -87,8 +87,8 @@ def test_tensors_of_the_stock_forward_are_those_of_the_gpu(tokens, measured):
 
 
 def test_a_turn_with_a_screenshot_peaks_where_the_phone_agent_did(phone):
-    # A screenshot of 1080 x 2400 at 1,219 tokens, after 2,040 tokens. 542 MiB over the weights were measured in a process
-    # that had encoded before; 52 MiB more are what the first convolution takes to bring its weight into order.
+    # A screenshot of 1080 x 2400 at 1,219 tokens, after 2,040 tokens. 542 MiB over the weights were measured where one
+    # had been encoded before; 52 MiB more are what cuDNN takes to bring a convolution's weight into order.
     plan = phone.plan(MemoryPolicy(), Workload(context=3259, new_tokens=64, images=1, image_size=(644, 1484)))
     rows = [row for row in plan["prefill"].rows if row.kind not in ("weights", "context") and row.name != "workspaces"]
     assert sum(row.nbytes for row in rows) == pytest.approx((542 + 52) * MiB, rel=0.02)

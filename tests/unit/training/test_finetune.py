@@ -9,7 +9,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import autoglm_lab as lab
-from autoglm_lab.errors import DatasetError, OutOfMemoryError, TrainingError
+from autoglm_lab.errors import DatasetError, ModuleOffError, OutOfMemoryError, TrainingError
 from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.training.dataset import Dataset
 from autoglm_lab.training.loop import checkpoints, latest
@@ -208,6 +208,23 @@ def test_full_training_changes_the_weights_and_parking_keeps_them(wb: lab.Workbe
     assert torch.equal(wb.model.get_parameter(name), learnt)
     with torch.no_grad():
         wb.model.get_parameter(name).copy_(before)
+
+
+def test_text_alone_is_learnt_with_the_encoders_off_and_images_are_not(wb: lab.Workbench, data: Dataset) -> None:
+    text = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "brown"}]}
+    wb.policy = wb.policy.replace(modules={"vision": "off", "audio": "off"})
+    assert wb.finetune([text], steps=1, **SMALL).result(WAIT).steps == 1
+    assert wb.modules["vision"].info.place == "disk"
+    with pytest.raises(ModuleOffError, match=r"module 'vision' \(line 1 of the training data\)"):
+        wb.finetune(data, steps=1, **SMALL).result(WAIT)
+
+
+def test_encoders_come_back_after_what_training_left_is_given_back(wb: lab.Workbench, data: Dataset) -> None:
+    wb.finetune(data, steps=1, **SMALL).result(WAIT)
+    over = [event for event in wb.events if "training is over" in event.why]
+    kinds = [event.kind for event in over[-3:]]
+    assert sorted(kinds[1:]) == ["woke", "woke"]
+    assert kinds[0] == "reclaimed"
 
 
 def test_bad_lines_and_too_long_dialogues_are_named_and_left_out(wb: lab.Workbench) -> None:
