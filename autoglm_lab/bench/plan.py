@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -293,20 +293,21 @@ class _Room:
 
 
 def _outcomes(bench: Bench, plans: Plans, rows: Sequence[Setting]) -> list[Outcome]:
-    found = []
-    planned = {row.name: plans.of(row) for row in rows}
     free = torch.cuda.mem_get_info(bench.device)[0] if bench.cuda else 0
     room, at_once = _Room(int(_SHARED * free)), _AT_ONCE if bench.cuda else 1
 
-    def measured(row: Setting) -> dict[str, Any]:
-        with room.take(_largest(planned[row.name][0]).nbytes):
+    def measured(row: Setting, nbytes: int) -> dict[str, Any]:
+        with room.take(nbytes):
             return _measured(row)
 
+    found, under_way = [], []
     with ThreadPoolExecutor(at_once) as workers:
-        futures: list[Future[dict[str, Any]]] = [workers.submit(measured, row) for row in rows]
-        for row, future in zip(rows, futures, strict=True):
-            plan, estimate = planned[row.name]
+        for row in rows:  # a row is measured while the next ones are planned
+            plan, estimate = plans.of(row)
             largest = _largest(plan)
+            future = workers.submit(measured, row, largest.nbytes)
+            under_way.append((row, largest, estimate, future))
+        for row, largest, estimate, future in under_way:
             rest = largest.nbytes - sum(largest.of_kind(kind) for kind in ("weights", "context", "unattributed"))
             outcome = Outcome(row, largest.nbytes, rest, estimate, future.result())
             found.append(outcome)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.training.step_peaks import StepPeaks
 
@@ -12,6 +13,7 @@ MiB = 1 << 20
 
 @pytest.mark.skipif(not high_water(CPU).available, reason="this system keeps no high-water marks")
 def test_both_passes_count_from_where_the_micro_batch_began() -> None:
+    open_accelerator("cpu").give_back()  # else what earlier tests freed may go back to the system meanwhile
     peaks = StepPeaks(CPU)
     peaks.enter("forward")
     kept = torch.ones(64 * MiB, dtype=torch.uint8)
