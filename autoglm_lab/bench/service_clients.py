@@ -157,6 +157,9 @@ async def soak(
 async def turns(url: str, model: str | None, prompts: list[str], new: list[str], tokens: int) -> dict[str, list[float]]:
     """Seconds to the first piece of a second turn: cold, warm, and warm with several chats in turn.
 
+    Every request has a connection of its own, and its time is in the figure: some servers say that they keep one and
+    close it a moment after the answer (llama-server does), when the next request may be on its way.
+
     Args:
         prompts: distinct long ones: the first two for cold, the next two for warm, the others are held in turn.
         new: what the second turn says.
@@ -173,6 +176,7 @@ async def turns(url: str, model: str | None, prompts: list[str], new: list[str],
         return piece
 
     async with _client(url, 1) as client:
+        client.headers["connection"] = "close"
         await turn(client, [{"role": "user", "content": "warm up"}])
         for prompt in prompts[:2]:
             said = {"role": "assistant", "content": "Yes."}

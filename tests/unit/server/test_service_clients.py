@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -42,3 +45,34 @@ def test_second_turns_are_timed_cold_warm_and_held(wb: lab.Workbench, served: Se
     prompts = [f"{number} is the number. " * 3 for number in range(6)]
     found = asyncio.run(turns(served.url, None, prompts, ["And then?"], 2))
     assert {kind: len(seconds) for kind, seconds in found.items()} == {"cold": 2, "warm": 2, "held": 2}
+
+
+def test_second_turns_are_timed_at_a_server_that_closes_connections_it_said_it_keeps() -> None:
+    async def timed() -> dict[str, list[float]]:
+        async with forgetful_server() as url:
+            return await turns(url, "any", ["a", "b", "c", "d", "e"], ["And then?"], 2)
+
+    assert {kind: len(seconds) for kind, seconds in asyncio.run(timed()).items()} == {"cold": 2, "warm": 2, "held": 1}
+
+
+@asynccontextmanager
+async def forgetful_server() -> AsyncIterator[str]:
+    """A server that closes a connection on its second request, unanswered, where it is not asked to close it before."""
+    chunk = {"choices": [{"delta": {"content": "Yes."}}], "usage": {"completion_tokens": 1}}
+    data = f"data: {json.dumps(chunk)}\n\n".encode()
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nkeep-alive: timeout=5\r\n"
+    answer = head + b"content-length: %d\r\n\r\n%b" % (len(data), data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        (length,) = [line.split(":")[1] for line in asked.splitlines() if line.startswith("content-length:")]
+        await reader.readexactly(int(length))
+        writer.write(answer)
+        await writer.drain()
+        if "connection: close" not in asked:
+            await reader.read(1)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
