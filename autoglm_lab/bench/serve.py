@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +22,8 @@ from autoglm_lab.serving import serve
 _CLIENTS, _REQUESTS, _SEED = 64, 10, 2026
 _FASTER, _WARM = 3.0, 0.10
 _PROMPT_TOKENS, _CHATS = 1300, 8
-_PEERS = "AUTOGLM_LAB_BENCH_PEERS"
+_PROMPTS = {"cold": 3, "warm": 5, "held": _CHATS}
+_PEERS, _VLLM = "AUTOGLM_LAB_BENCH_PEERS", "vLLM"
 
 
 def run(bench: Bench) -> Report:
@@ -70,10 +73,13 @@ def _load_figures(done: dict[str, Any], before: int, after: int) -> list[Figure]
 
 
 def _two_turns(bench: Bench, folder: Path) -> list[Figure]:
-    """Time to the first token of turn 2: ours, then the peers of the environment, ``name=url`` separated by commas."""
+    """Ours, then the peers of the environment, ``name=url`` separated by commas."""
     with load(folder, device=str(bench.device)) as wb:
-        prompts = [text_of(wb, _PROMPT_TOKENS, seed) for seed in range(4 + _CHATS)]
-        job: dict[str, Any] = {"prompts": prompts, "new": ["And then?"], "tokens": 8}
+        seeds = count()
+        prompts = {
+            kind: [text_of(wb, _PROMPT_TOKENS, next(seeds)) for _ in range(number)] for kind, number in _PROMPTS.items()
+        }
+        job: dict[str, Any] = {"prompts": prompts, "new": "And then?", "tokens": 8}
         wb.policy = wb.policy.replace(kv={"max_conversations": _CHATS + 1, "prefix_bytes": "2GiB"})
         with serve(wb, port=0) as service:
             bench.say("two turns of SmolLM2: ours")
@@ -84,25 +90,31 @@ def _two_turns(bench: Bench, folder: Path) -> list[Figure]:
         url, _, model = url.partition("#")
         bench.say(f"two turns of SmolLM2: {name}")
         peers[name] = run_clients("turns", url=url, model=model or None, **job)
+    return turn_figures(ours, peers)
+
+
+def turn_figures(ours: Mapping[str, list[float]], peers: Mapping[str, Mapping[str, list[float]]]) -> list[Figure]:
+    """Time to the first piece of turn 2, in the median.
+
+    Args:
+        ours: seconds, as `service_clients.turns` gives them.
+        peers: the same of others, by name. Turn 1 kept, ours is to be no slower than vLLM where that is among them.
+    """
     names = {
         "cold": "turn 2, nothing kept",
         "warm": "turn 2, turn 1 kept",
         "held": f"turn 2, {_CHATS} chats in turn",
     }
-    cold = median(ours["cold"])
+    own = {kind: median(ours[kind]) for kind in names}
     figures = []
     for kind, name in names.items():
-        own, judged = median(ours[kind]), kind != "cold"
-        figures.append(
-            Figure(
-                f"SmolLM2-135M, {_PROMPT_TOKENS:,} tokens: {name}",
-                "s",
-                own,
-                {peer: median(found[kind]) for peer, found in peers.items()},
-                bar=f"<= {_WARM:g} x cold" if judged else "",
-                meets=own <= _WARM * cold if judged else None,
-            )
-        )
+        beside = {peer: median(found[kind]) for peer, found in peers.items()}
+        bars = {f"<= {_WARM:g} x cold": own[kind] <= _WARM * own["cold"]} if kind != "cold" else {}
+        if kind == "warm" and _VLLM in beside:
+            bars[f"<= {_VLLM}"] = own[kind] <= beside[_VLLM]
+        named = f"SmolLM2-135M, {_PROMPT_TOKENS:,} tokens: {name}"
+        meets = all(bars.values()) if bars else None
+        figures.append(Figure(named, "s", own[kind], beside, bar=", ".join(bars), meets=meets))
     return figures
 
 

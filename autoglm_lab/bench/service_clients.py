@@ -154,11 +154,16 @@ async def soak(
     return tally
 
 
-async def turns(url: str, model: str | None, prompts: list[str], new: list[str], tokens: int) -> dict[str, list[float]]:
+async def turns(
+    url: str, model: str | None, prompts: dict[str, list[str]], new: str, tokens: int
+) -> dict[str, list[float]]:
     """Seconds to the first piece of a second turn: cold, warm, and warm with several chats in turn.
 
+    Every request has a connection of its own, and its time is in the figure: some servers say that they keep one and
+    close it a moment after the answer (llama-server does), when the next request may be on its way.
+
     Args:
-        prompts: distinct long ones: the first two for cold, the next two for warm, the others are held in turn.
+        prompts: distinct long ones for each of ``cold``, ``warm`` and ``held``, which are all held at the same time.
         new: what the second turn says.
         tokens: most of an answer.
     """
@@ -173,18 +178,19 @@ async def turns(url: str, model: str | None, prompts: list[str], new: list[str],
         return piece
 
     async with _client(url, 1) as client:
+        client.headers["connection"] = "close"
         await turn(client, [{"role": "user", "content": "warm up"}])
-        for prompt in prompts[:2]:
+        for prompt in prompts["cold"]:
             said = {"role": "assistant", "content": "Yes."}
-            messages = [{"role": "user", "content": prompt}, said, {"role": "user", "content": new[0]}]
+            messages = [{"role": "user", "content": prompt}, said, {"role": "user", "content": new}]
             found["cold"].append((await turn(client, messages)).first)
-        for kind, chats in (("warm", [[one] for one in prompts[2:4]]), ("held", [prompts[4:]])):
+        for kind, chats in (("warm", [[one] for one in prompts["warm"]]), ("held", [prompts["held"]])):
             for group in chats:
                 dialogues = [[{"role": "user", "content": one}] for one in group]
                 for dialogue in dialogues:
                     dialogue.append({"role": "assistant", "content": (await turn(client, dialogue)).text})
                 for dialogue in dialogues:
-                    found[kind].append((await turn(client, [*dialogue, {"role": "user", "content": new[0]}])).first)
+                    found[kind].append((await turn(client, [*dialogue, {"role": "user", "content": new}])).first)
     return found
 
 

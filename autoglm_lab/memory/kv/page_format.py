@@ -182,12 +182,19 @@ class PageStore:
 
     def read(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of pages ``[batch, pages]``: ``[batch, kv_heads, pages * PAGE_TOKENS, head_dim]`` each."""
-        codes = self.codes[:, layer][table]
-        scales = None if self.scales is None else self.scales[:, layer][table]
         keys, values = (
-            self.form.decode(codes[:, :, part], None if scales is None else scales[:, :, part])
+            self.form.decode(_picked(self.codes[:, layer, part], table), self._scales(layer, part, table))
             .flatten(1, 2)
             .transpose(1, 2)
             for part in (0, 1)
         )
         return keys, values
+
+    def _scales(self, layer: int, part: int, table: Tensor) -> Tensor | None:
+        return None if self.scales is None else _picked(self.scales[:, layer, part], table)
+
+
+def _picked(stored: Tensor, table: Tensor) -> Tensor:
+    """Rows ``[batch, pages, …]`` of ``stored`` in whole pieces of memory; a CPU's plain index goes number by number."""
+    rows: Tensor = stored.index_select(0, table.flatten()).unflatten(0, table.shape)
+    return rows

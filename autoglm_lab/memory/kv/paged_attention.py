@@ -101,6 +101,8 @@ def _attend(
         attention_mask = cache.mask(query.dtype, additive=False)
     elif plain and longest > new:
         attention_mask = _last_rows(new, longest, query.device)
+        if cache.on_cpu:
+            return _grouped(query, keys, values, attention_mask, scale), None
     return sdpa_attention_forward(module, query, keys, values, attention_mask, 0.0, scaling, **kwargs)
 
 
@@ -118,6 +120,12 @@ def _flash_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
     flash = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001 - a public call aligns it elsewhere
     result = flash(query, keys, values, 0.0, True, scale=scale)
     attended: Tensor = result[0]
+    return attended.transpose(1, 2)
+
+
+def _grouped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What sdpa gives, without copies of keys and values for every head of a group, which a CPU's kernel needs not."""
+    attended = functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
     return attended.transpose(1, 2)
 
 

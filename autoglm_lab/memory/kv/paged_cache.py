@@ -80,6 +80,11 @@ class PagedCache(Cache):
         self._latest: tuple[int, Tensor, Tensor] | None = None
         super().__init__(layers=[PagedLayer(self, index) for index in range(pool.form.layers)])
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU computes, whose attention takes fewer heads of keys than of queries also beside a mask."""
+        return self.pool.shares[0].device.type == "cpu"
+
     def put(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values ``[batch, kv_heads, new, head_dim]`` of a layer.
 

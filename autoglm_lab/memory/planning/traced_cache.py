@@ -35,6 +35,7 @@ class TracedCache(PagedCache):
         ours: bool,
     ) -> None:
         self._form, self._batch = form, batch
+        self._kind = kind
         self._cuda = kind == "cuda" and paged_kernels.fits(form)
         self.before, self.new_tokens, self.longest = [before] * batch, new_tokens, before + new_tokens
         self.gathers = not ours
@@ -43,6 +44,10 @@ class TracedCache(PagedCache):
         self.table = torch.zeros(batch, pages, dtype=torch.int32)
         self.lengths = torch.zeros(batch, dtype=torch.int32)
         Cache.__init__(self, layers=[PagedLayer(self, index) for index in range(layers)])
+
+    @property
+    def on_cpu(self) -> bool:
+        return self._kind == "cpu"
 
     def put(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         del layer
@@ -61,19 +66,15 @@ class TracedCache(PagedCache):
         if self._cuda:
             both = keys.new_empty(2, self._batch, form.kv_heads, self.longest, form.head_dim)
             return both[0], both[1]
-        pages = self.table.shape[1]
-        codes = keys.new_empty(
-            self._batch, pages, 2, PAGE_TOKENS, form.kv_heads, form.code_width, dtype=form.code_dtype
-        )
-        scales = None
-        if form.scale_width:
-            shape = (self._batch, pages, 2, PAGE_TOKENS, form.kv_heads, form.scale_width)
-            scales = keys.new_empty(*shape, dtype=torch.float16)
-        keys, values = (
-            form.decode(codes[:, :, part], None if scales is None else scales[:, :, part]).flatten(1, 2).transpose(1, 2)
-            for part in (0, 1)
-        )
+        keys, values = (self._picked(keys).flatten(1, 2).transpose(1, 2) for _ in range(2))
         return keys[:, :, : self.longest], values[:, :, : self.longest]
+
+    def _picked(self, like: Tensor) -> Tensor:
+        """Keys or values of the pages as `PageStore.read` picks and decodes them."""
+        form, shape = self._form, (self._batch, self.table.shape[1], PAGE_TOKENS, self._form.kv_heads)
+        codes = like.new_empty(*shape, form.code_width, dtype=form.code_dtype)
+        scales = like.new_empty(*shape, form.scale_width, dtype=torch.float16) if form.scale_width else None
+        return form.decode(codes, scales)
 
     def let_go(self) -> None:
         """The step is over: hold the last layer's keys and values no longer."""
