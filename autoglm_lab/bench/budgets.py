@@ -9,14 +9,14 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.plan_worker import Watcher
 from autoglm_lab.bench.prompts import said, screen, text_for, user
 from autoglm_lab.bench.report import Figure, Report
-from autoglm_lab.engine.messages import read_messages
+from autoglm_lab.bench.stock import batch_of
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.accelerator import open_accelerator
@@ -176,7 +176,7 @@ def stock(budget: int, small: bool) -> dict[str, Any]:
         doing = "answering"
         seconds = []
         for seed, count in ((0, 2), (1, 1), (1, _tokens(small=small))):
-            batch = _batch(found.processor, model, _messages(found.processor, seed, small=small))
+            batch = batch_of(found.processor, model, _messages(found.processor, seed, small=small))
             start = time.perf_counter()
             model.generate(**batch, do_sample=False, min_new_tokens=count, max_new_tokens=count)
             if device.type == "cuda":
@@ -200,18 +200,6 @@ def _filled(model: Any, device: torch.device) -> Any:
                 made[id(parameter)] = nn.Parameter(values, requires_grad=False)
             setattr(module, name, made[id(parameter)])
     return model.to(device).eval()
-
-
-def _batch(processor: Any, model: Any, messages: list[dict[str, Any]]) -> dict[str, Tensor]:
-    rendered = processor.apply_chat_template(
-        [message.for_processor() for message in read_messages(messages)],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    )
-    moved = {name: value.to(model.device) for name, value in rendered.items()}
-    return {name: one.to(model.dtype) if one.is_floating_point() else one for name, one in moved.items()}
 
 
 def _messages(processor: Any, seed: int, *, small: bool) -> list[dict[str, Any]]:

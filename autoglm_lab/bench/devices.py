@@ -12,7 +12,9 @@ import torch
 
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.fresh import fresh
+from autoglm_lab.bench.prompts import screen, seen
 from autoglm_lab.bench.report import Figure, Report
+from autoglm_lab.bench.stock import batch_of
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.models.loading import outline, resolve
@@ -23,6 +25,8 @@ from autoglm_lab.workbench import Workbench
 _HERE = "autoglm_lab.bench.devices"
 _ANSWER = 33
 _EVEN = 5.0
+_SCREEN = (644, 1484)
+"""A screen of this size takes 1,219 tokens of the phone model."""
 
 
 def run(bench: Bench) -> Report:
@@ -44,8 +48,9 @@ def run(bench: Bench) -> Report:
     return bench.report(
         "two devices",
         _figures(bench, one, two, theirs),
-        f"One turn: a prompt of {prompt:,} tokens and {_ANSWER} new ones. What a device holds is the process's bytes "
-        "as the driver counts them, at the peak with the allocator's reserved bytes at theirs.",
+        f"One turn: a prompt of {prompt:,} tokens, a screenshot among them, and {_ANSWER} new ones.",
+        "What a device holds is the process's bytes as the driver counts them, at the peak with the allocator's reserved "
+        "bytes at theirs.",
         "Limit of the sum: one device's peak, and for the second its context, its workspaces, what the driver took "
         "there, and activations as high as the first one's.",
         "accelerate: device_map='balanced' through dispatch_model, transformers' generate.",
@@ -83,11 +88,9 @@ def _figures(bench: Bench, one: dict[str, Any], two: dict[str, Any], theirs: dic
 
 def ours(cards: int, prompt: int, small: bool) -> dict[str, Any]:
     """Measure ours on so many devices, in this process."""
-    from autoglm_lab.bench.prompts import prompt_of
-
     policy = MemoryPolicy(
-        kv={"prefix_bytes": 0, "prefix_host_bytes": 0},
-        generation={"eos": False},
+        kv={"prefix_bytes": 0, "prefix_host_bytes": 0, "encoder_bytes": 0},
+        generation={"eos": False, "max_new_tokens": _ANSWER},
         reclaim={"every_answers": None, "cached_share": None},
     )
     with _opened(cards, policy, small) as wb:
@@ -96,7 +99,7 @@ def ours(cards: int, prompt: int, small: bool) -> dict[str, Any]:
         loaded = [_process(accelerator) for accelerator in state.accelerators]
         for kept in (False, True):  # the first turn loads kernels
             watches = [(one, high_water(one.device).open()) for one in state.accelerators] if kept else []
-            answer = wb.chat(prompt_of(wb, prompt, seed=3), conversation="turn", max_new_tokens=_ANSWER).result(600)
+            answer = wb.engine.submit([_asked(wb.processor, prompt, small=small)], conversation="turn").result(600)
             peaks = [high_water(one.device).close(watch, _process(one)) for one, watch in watches]
             wb.drop("turn")
         second = 0
@@ -127,6 +130,11 @@ def _opened(cards: int, policy: MemoryPolicy, small: bool) -> Workbench:
     return Workbench(resolved, policy, *accelerators, spread=spread)
 
 
+def _asked(processor: Any, prompt: int, *, small: bool) -> dict[str, Any]:
+    """What balances the load: keys and values, and an encoder at work."""
+    return seen(processor, prompt, screen(3) if small else screen(3, *_SCREEN), seed=3)
+
+
 def _process(accelerator: Any) -> int:
     reading = accelerator.reading()
     return int(reading.used if reading.process is None else reading.process)
@@ -140,7 +148,8 @@ def accelerated(prompt: int) -> dict[str, Any]:
     from autoglm_lab.memory.accelerator import open_accelerator
 
     accelerators = [open_accelerator(f"cuda:{index}") for index in range(2)]
-    model: Any = outline("autoglm-phone-9b", device="cuda").model
+    shapes = outline("autoglm-phone-9b", device="cuda")
+    model: Any = shapes.model
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(0.001)
@@ -149,13 +158,14 @@ def accelerated(prompt: int) -> dict[str, Any]:
     most = get_balanced_memory(model, no_split_module_classes=split)
     dispatch_model(model, infer_auto_device_map(model, max_memory=most, no_split_module_classes=split))
     loaded = [_process(accelerator) for accelerator in accelerators]
-    ids = torch.full((1, prompt), 7, device="cuda:0")
+    processor = shapes.processor()
+    batch = batch_of(processor, model, [_asked(processor, prompt, small=False)])
     seconds = []
     for count in (1, 1, _ANSWER):
         watches = [(one, high_water(one.device).open()) for one in accelerators]
         start = time.perf_counter()
         with torch.no_grad():
-            model.generate(input_ids=ids, do_sample=False, min_new_tokens=count, max_new_tokens=count)
+            model.generate(**batch, do_sample=False, min_new_tokens=count, max_new_tokens=count)
         torch.cuda.synchronize(0)
         seconds.append(time.perf_counter() - start)
         peaks = [high_water(one.device).close(watch, _process(one)).process for one, watch in watches]

@@ -37,7 +37,12 @@ def prompt_of(workbench: Workbench, tokens: int, seed: int) -> str:
 
 def length(workbench: Workbench, messages: list[dict[str, Any]]) -> int:
     """Tokens of a dialogue as a prompt."""
-    batch = workbench.processor.apply_chat_template(
+    return length_for(workbench.processor, messages)
+
+
+def length_for(processor: Any, messages: list[dict[str, Any]]) -> int:
+    """The same where there is no workbench, but a processor."""
+    batch = processor.apply_chat_template(
         [message.for_processor() for message in read_messages(messages)],
         tokenize=True,
         return_dict=True,
@@ -46,6 +51,11 @@ def length(workbench: Workbench, messages: list[dict[str, Any]]) -> int:
     )
     ids = batch["input_ids"]
     return len(ids) if isinstance(ids[0], int) else len(ids[0])  # one dialogue, or a batch of one: a list or a tensor
+
+
+def seen(processor: Any, tokens: int, picture: Image.Image, seed: int) -> dict[str, Any]:
+    """A user's message with a picture, so that the whole prompt has ``tokens`` tokens."""
+    return user(text_for(processor, tokens - (length_for(processor, [user("x", picture)]) - 1), seed), picture)
 
 
 def user(text: str, *images: Image.Image) -> dict[str, Any]:

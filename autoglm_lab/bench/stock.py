@@ -37,17 +37,7 @@ class Stock:
 
     def batch(self, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A dialogue as the model takes it, on the device."""
-        rendered = self.processor.apply_chat_template(
-            [message.for_processor() for message in read_messages(messages)],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        moved = {name: value.to(self.device) for name, value in rendered.items()}
-        pixels = moved.get("pixel_values")
-        return moved if pixels is None else {**moved, "pixel_values": pixels.to(self.model.dtype)}
+        return batch_of(self.processor, self.model, messages)
 
     @torch.no_grad()
     def read(self, batch: dict[str, Tensor], cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
@@ -106,3 +96,17 @@ class Stock:
             seconds.append(time.perf_counter() - start)
         rows = int(batch["input_ids"].shape[0])
         return rows * (count - 1) / (seconds[1] - seconds[0])
+
+
+def batch_of(processor: Any, model: Any, messages: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A dialogue as a model takes it, on the model's device and in its dtype."""
+    rendered = processor.apply_chat_template(
+        [message.for_processor() for message in read_messages(messages)],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    moved = {name: value.to(model.device) for name, value in rendered.items()}
+    return {name: one.to(model.dtype) if one.is_floating_point() else one for name, one in moved.items()}
