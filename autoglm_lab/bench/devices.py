@@ -49,8 +49,8 @@ def run(bench: Bench) -> Report:
         "two devices",
         _figures(bench, one, two, theirs),
         f"One turn: a prompt of {prompt:,} tokens, a screenshot among them, and {_ANSWER} new ones.",
-        "What a device holds is the process's bytes as the driver counts them, at the peak with the allocator's reserved "
-        "bytes at theirs.",
+        "What a device holds is the process's bytes as the driver counts them, at the peak with the allocator's "
+        "reserved bytes at theirs.",
         "Limit of the sum: one device's peak, and for the second its context, its workspaces, what the driver took "
         "there, and activations as high as the first one's.",
         "accelerate: device_map='balanced' through dispatch_model, transformers' generate.",

@@ -27,6 +27,7 @@ from autoglm_lab.models.decoder_layers import core_of, decoder_layers, linear_la
 from autoglm_lab.models.precision import convert
 from autoglm_lab.models.quantized_linear import QuantizedEmbedding, QuantizedLinear
 from autoglm_lab.models.quantized_products import slice_rows
+from autoglm_lab.models.recomputed_layer import recomputing
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.schedule import LEAST_BYTES
 
@@ -156,9 +157,7 @@ def _run(
 
 @contextlib.contextmanager
 def _computing_again(model: Any) -> Iterator[None]:
-    """Training's own layers. They are told apart from what moves to the host, which looks at addresses."""
-    from autoglm_lab.training.layers import recomputing
-
+    """As training lets its layers run again."""
     layers = decoder_layers(model)
     for layer in layers:
         layer.__dict__["forward"] = recomputing(layer)
