@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.planning.allocator_model import AllocatorModel, Held
 from autoglm_lab.memory.planning.encoder_tapes import EncoderTapes, Encoding, Medium, MediumInputs, blank
+from autoglm_lab.memory.planning.layered_tape import least_layers
 from autoglm_lab.memory.planning.step_work import Peak, Steps, UntracedError, Work
 from autoglm_lab.memory.planning.tape import Tape, TapeFamily
 from autoglm_lab.memory.planning.traced_model import Kind, TracedModel
@@ -97,7 +99,7 @@ class Activations:
         if encoded:
             encode = Peak(allocator.peak_allocated, allocator.reserved)
         if steps.form is None:
-            return self._own(steps, encode, features)
+            return self._own(steps, encoded, encode, features)
         before = allocator.reserved
         alone = self._read(steps, features, AllocatorModel())
         after = self._read(steps, 0, allocator)
@@ -233,34 +235,57 @@ class Activations:
 
     # models whose cache cannot be paged
 
-    def _own(self, steps: Steps, encode: Peak | None, features: int) -> Work:
+    def _own(self, steps: Steps, encoded: Sequence[Encoding], encode: Peak | None, features: int) -> Work:
         chunks = tuple(self._chunks(steps))
         if len(chunks) > _MOST_WHOLE:
             chunks = tuple(_telling(list(chunks)))
-        prefill, kept = self._owning(chunks)
-        whole, all_kept = self._owning((*chunks, (steps.kept - 1, steps.kept)))
-        growth = max(0, all_kept - kept)
-        reserved = max(prefill.reserved, whole.reserved)
-        # Tensors that come and go take what encoding left; keys and values hardly do, a little at a time for long.
-        left = max(0, (0 if encode is None else encode.reserved) - features - reserved)
-        decode = Peak(max(prefill.allocated, whole.allocated), reserved + growth, left)
-        return Work(encode, prefill, decode, features, all_kept)
+        last = (*chunks, (steps.kept - 1, steps.kept))
+        alone, kept = self._owning(last)
+        after, _ = self._owning(last, tuple(tape for tape, _ in encoded)) if encoded else (alone, kept)
+        left = max(0, after.reserved - features - alone.reserved)
+        prefill, _ = self._owning(chunks)
+        return Work(encode, prefill, replace(alone, left=left), features, kept)
 
-    def _owning(self, chunks: tuple[tuple[int, int], ...]) -> tuple[Peak, int]:
-        """The peak of reading ``chunks`` into transformers' own cache, less the cache; and the cache's bytes."""
-        if chunks not in self._owned:
+    def _owning(self, chunks: tuple[tuple[int, int], ...], before: tuple[Tape, ...] = ()) -> tuple[Peak, int]:
+        """The peak of reading ``chunks`` into transformers' own cache, less the cache; and the cache's bytes.
+
+        Args:
+            before: what was encoded, and stays.
+        """
+        key = chunks, before
+        if key not in self._owned:
+            depth = int(self._config.get_text_config().num_hidden_layers)
             figures = []
-            for traced in (self._traced, self._deeper):
-                tape = traced.whole([(first, last - first) for first, last in chunks])
+            for tape in self._tapes_of(chunks, depth):
                 allocator = AllocatorModel()
+                for one in before:
+                    allocator.play(one)
                 allocator.play(tape)
                 figures.append((tape.kept, allocator.peak_allocated, allocator.reserved))
-            depth = int(self._config.get_text_config().num_hidden_layers)
-            few, more = self._traced.layers, self._deeper.layers
-            share = (depth - few) / (more - few) if more > few else 0
-            kept, peak, reserved = (int(low + share * (high - low)) for low, high in zip(*figures, strict=True))
-            self._owned[chunks] = Peak(max(0, peak - kept), max(0, reserved - kept)), kept
-        return self._owned[chunks]
+            share = (depth - self._traced.layers) / max(1, self._deeper.layers - self._traced.layers)
+            low, high = figures[0], figures[-1]
+            kept, peak, reserved = (
+                int(a) if len(figures) == 1 else int(a + share * (b - a)) for a, b in zip(low, high, strict=True)
+            )
+            self._owned[key] = Peak(max(0, peak - kept), max(0, reserved - kept)), kept
+        return self._owned[key]
+
+    def _tapes_of(self, chunks: tuple[tuple[int, int], ...], depth: int) -> list[Tape]:
+        """The tape of the whole model; where it cannot be put together, those of two smaller ones to go on from."""
+        spans = [(first, last - first) for first, last in chunks]
+        kinds = self._kinds(depth)
+        if all(kind == kinds[at % self._period] for at, kind in enumerate(kinds)):
+            few = self._model_of(least_layers(depth, self._period))
+            with contextlib.suppress(ValueError):
+                return [self._tape(("whole", chunks), lambda: few.whole(spans).deepened(depth, self._period))]
+        return [
+            self._tape(("whole", chunks, traced.layers), lambda traced=traced: traced.whole(spans).tape)  # type: ignore[misc]
+            for traced in (self._traced, self._deeper)
+        ]
+
+    def _kinds(self, depth: int) -> list[str]:
+        kinds = getattr(self._config.get_text_config(), "layer_types", None)
+        return list(kinds) if kinds else ["full"] * depth
 
     # what is traced
 
@@ -285,7 +310,7 @@ class Activations:
     @property
     def _period(self) -> int:
         """Layers after which every kind of layer has come."""
-        kinds = getattr(self._config.get_text_config(), "layer_types", None) or ["full"]
+        kinds = self._kinds(1)
         first = next(count for count in range(1, len(kinds) + 1) if set(kinds[:count]) == set(kinds))
         return max(first, _LEAST_LAYERS)
 

@@ -62,6 +62,11 @@ class Recorder(TorchDispatchMode):
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}  # noqa: SLF001 - as in `_note`
 
     @property
+    def position(self) -> int:
+        """How much has happened so far."""
+        return len(self._order)
+
+    @property
     def tape(self) -> Tape:
         return Tape(tuple(self._order), tuple(self._sizes))
 

@@ -15,9 +15,11 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
+from autoglm_lab.memory.planning.layered_tape import LayeredTape
 from autoglm_lab.memory.planning.recorder import Recorder, recording, without_data
 from autoglm_lab.memory.planning.tape import Tape
 from autoglm_lab.memory.planning.traced_cache import TracedCache
+from autoglm_lab.models.decoder_layers import decoder_layers
 from autoglm_lab.models.lean_layers import feed_forwards, norm_of, rms_norms
 from autoglm_lab.models.precision import convert
 from autoglm_lab.models.quantized_linear import without_weights
@@ -81,14 +83,29 @@ class TracedModel:
             tape: Tape = recorder.tape
         return tape
 
-    def whole(self, chunks: Sequence[tuple[int, int]]) -> Tape:
+    def whole(self, chunks: Sequence[tuple[int, int]]) -> LayeredTape:
         """Reading ``(before, new)`` tokens, chunk by chunk, into transformers' own cache, which stays at the end."""
-        with self._stepping() as recorder:
+        with self._stepping() as recorder, self._marked(recorder) as starts:
             cache = DynamicCache(config=self._model.config)
             for before, new in chunks:
                 self._step(cache, 1, before, new)
             tape: Tape = recorder.tape
-        return tape
+        each = self.layers + 1
+        passes = tuple(tuple(starts[at : at + each]) for at in range(0, len(starts), each))
+        return LayeredTape(tape, passes)
+
+    @contextlib.contextmanager
+    def _marked(self, recorder: Recorder) -> Iterator[list[int]]:
+        """Where each layer of the decoder begins, and where the last one ends."""
+        starts: list[int] = []
+        layers = decoder_layers(self._model)
+        hooks = [layer.register_forward_pre_hook(lambda *_: starts.append(recorder.position)) for layer in layers]
+        hooks += [layers[-1].register_forward_hook(lambda *_: starts.append(recorder.position))] if layers else []
+        try:
+            yield starts
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def encode(self, kind: Literal["image", "audio"], inputs: dict[str, Tensor]) -> tuple[Tape, int]:
         """Encoding one medium. Returns its tape, at whose end the output stays, and the output's bytes."""
