@@ -11,6 +11,9 @@ import random
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +23,7 @@ from autoglm_lab.bench.rude_clients import KINDS, Target, be_rude
 
 _RETRIES = 200
 _POLITE = 0.5
+_PAUSE = 0.5
 
 
 def run_clients(do: str, **job: Any) -> dict[str, Any]:
@@ -155,43 +159,68 @@ async def soak(
 
 
 async def turns(
-    url: str, model: str | None, prompts: dict[str, list[str]], new: str, tokens: int
-) -> dict[str, list[float]]:
-    """Seconds to the first piece of a second turn: cold, warm, and warm with several chats in turn.
+    servers: dict[str, list[str]], prompts: dict[str, list[str]], new: str, tokens: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds to the first piece of a second turn, by server: cold, warm, and warm with several chats in turn.
 
-    Every request has a connection of its own, and its time is in the figure: some servers say that they keep one and
-    close it a moment after the answer (llama-server does), when the next request may be on its way.
+    Servers are asked in turn, so that whatever else goes on meets all of them, and after a pause, in which the threads
+    of the one before stop to wait for more work. Every request has a connection of its own, and its time is in the
+    figure: some servers say that they keep one and close it a moment after the answer (llama-server does), when the
+    next request may be on its way.
 
     Args:
+        servers: the address, ending in ``/v1``, and the model that is asked for (empty: none), by name.
         prompts: distinct long ones for each of ``cold``, ``warm`` and ``held``, which are all held at the same time.
         new: what the second turn says.
         tokens: most of an answer.
+
+    Raises:
+        RuntimeError: one gave no answer.
     """
-    tally, found = Tally(), dict[str, list[float]](cold=[], warm=[], held=[])
-    named = {"model": model} if model else {}
+    found = {name: dict[str, list[float]](cold=[], warm=[], held=[]) for name in servers}
+    async with AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(_client(url, 1)) for name, (url, _) in servers.items()}
+        for client in clients.values():
+            client.headers["connection"] = "close"
 
-    async def turn(client: httpx.AsyncClient, messages: list[dict[str, Any]]) -> Piece:
-        body = {**named, "messages": messages, "max_tokens": tokens, "temperature": 0}
-        piece = await ask(client, body, tally)
-        if piece is None:
-            raise RuntimeError(f"no answer from {url}: {tally.failed}")
-        return piece
+        async def turn(name: str, *messages: dict[str, str]) -> Piece:
+            tally, model = Tally(), servers[name][1]
+            body = {"messages": messages, "max_tokens": tokens, "temperature": 0, **({"model": model} if model else {})}
+            piece = await ask(clients[name], body, tally)
+            if piece is None:
+                raise RuntimeError(f"no answer from {name} at {servers[name][0]}: {tally.failed}")
+            return piece
 
-    async with _client(url, 1) as client:
-        client.headers["connection"] = "close"
-        await turn(client, [{"role": "user", "content": "warm up"}])
-        for prompt in prompts["cold"]:
-            said = {"role": "assistant", "content": "Yes."}
-            messages = [{"role": "user", "content": prompt}, said, {"role": "user", "content": new}]
-            found["cold"].append((await turn(client, messages)).first)
-        for kind, chats in (("warm", [[one] for one in prompts["warm"]]), ("held", [prompts["held"]])):
-            for group in chats:
-                dialogues = [[{"role": "user", "content": one}] for one in group]
-                for dialogue in dialogues:
-                    dialogue.append({"role": "assistant", "content": (await turn(client, dialogue)).text})
-                for dialogue in dialogues:
-                    found[kind].append((await turn(client, [*dialogue, {"role": "user", "content": new}])).first)
+        async def second(name: str, kind: str, prompt: str, said: str) -> None:
+            answer = {"role": "assistant", "content": said}
+            found[name][kind].append((await turn(name, _user(prompt), answer, _user(new))).first)
+
+        for name in servers:
+            await turn(name, _user("warm up"))
+        async for name, prompt in _in_turn(servers, prompts["cold"]):
+            await second(name, "cold", prompt, "Yes.")
+        async for name, prompt in _in_turn(servers, prompts["warm"]):
+            await second(name, "warm", prompt, (await turn(name, _user(prompt))).text)
+        said = {}
+        async for name, prompt in _in_turn(servers, prompts["held"]):
+            said[name, prompt] = (await turn(name, _user(prompt))).text
+        async for name, prompt in _in_turn(servers, prompts["held"]):
+            await second(name, "held", prompt, said[name, prompt])
     return found
+
+
+async def _in_turn(servers: Iterable[str], prompts: list[str]) -> AsyncIterator[tuple[str, str]]:
+    """Each prompt for every server; another one begins each time."""
+    order = deque(servers)
+    for prompt in prompts:
+        for name in order:
+            await asyncio.sleep(_PAUSE)
+            yield name, prompt
+        order.rotate(-1)
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
 def _client(url: str, connections: int, key: str | None = None) -> httpx.AsyncClient:

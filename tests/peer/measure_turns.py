@@ -1,6 +1,7 @@
 """`autoglm-lab bench serve` beside every server that `make peers` made: ``python -m tests.peer.measure_turns``.
 
-They run at the same time, and idle while another one is asked.
+They run at the same time, each on every core, and idle while another one is asked. Ours and transformers compute in
+float32, as the model is stored; vLLM rounds it to bfloat16 and llama.cpp reads it in 4 bits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def main() -> None:
         logs = Path(stack.enter_context(TemporaryDirectory()))
         started = [
             stack.enter_context(transformers_serve(smollm2, logs / "transformers")),
-            stack.enter_context(vllm(smollm2, logs / "vllm")),
+            stack.enter_context(vllm(smollm2, logs / "vllm", every_core=True)),
             stack.enter_context(llama_server(smollm2, logs / "llama", chats=CHATS, threads=os.cpu_count() or 1)),
         ]
         named = ",".join(f"{server.name}={server.url}#{server.model}" for server in started)

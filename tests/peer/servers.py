@@ -40,12 +40,18 @@ class Server:
     key: str = "EMPTY"
 
 
-def vllm(smollm2: Path, log: Path) -> AbstractContextManager[Server]:
-    """vLLM on the CPU, which tells cached tokens only where it is told to."""
+def vllm(smollm2: Path, log: Path, *, every_core: bool = False) -> AbstractContextManager[Server]:
+    """vLLM on the CPU, which tells cached tokens only where it is told to.
+
+    Args:
+        every_core: it leaves one to others, where it is not told to take all.
+    """
     port, model = free_port(), smollm2 / "model"
     words = [str(needed("vllm", "bin", "vllm")), "serve", str(model), "--served-model-name", "smollm2"]
     words += ["--port", str(port), "--enforce-eager", "--max-model-len", str(CONTEXT), "--enable-prompt-tokens-details"]
-    return running(words, Server("vLLM", _url(port), "smollm2"), log, VLLM_ENV)
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    env = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"} if every_core else {}
+    return running(words, Server("vLLM", _url(port), "smollm2"), log, {**VLLM_ENV, **env})
 
 
 def transformers_serve(smollm2: Path, log: Path) -> AbstractContextManager[Server]:
