@@ -23,7 +23,8 @@ _CLIENTS, _REQUESTS, _SEED = 64, 10, 2026
 _FASTER, _WARM = 3.0, 0.10
 _PROMPT_TOKENS, _CHATS = 1300, 8
 _PROMPTS = {"cold": 3, "warm": 5, "held": _CHATS}
-_PEERS, _VLLM = "AUTOGLM_LAB_BENCH_PEERS", "vLLM"
+_PEERS = "AUTOGLM_LAB_BENCH_PEERS"
+_OURS, _VLLM = "ours", "vLLM"
 
 
 def run(bench: Bench) -> Report:
@@ -73,24 +74,24 @@ def _load_figures(done: dict[str, Any], before: int, after: int) -> list[Figure]
 
 
 def _two_turns(bench: Bench, folder: Path) -> list[Figure]:
-    """Ours, then the peers of the environment, ``name=url`` separated by commas."""
+    """Ours and the peers that the environment names, asked in turn."""
     with load(folder, device=str(bench.device)) as wb:
         seeds = count()
         prompts = {
             kind: [text_of(wb, _PROMPT_TOKENS, next(seeds)) for _ in range(number)] for kind, number in _PROMPTS.items()
         }
-        job: dict[str, Any] = {"prompts": prompts, "new": "And then?", "tokens": 8}
         wb.policy = wb.policy.replace(kv={"max_conversations": _CHATS + 1, "prefix_bytes": "2GiB"})
         with serve(wb, port=0) as service:
-            bench.say("two turns of SmolLM2: ours")
-            ours = run_clients("turns", url=service.url, model=None, **job)
-    peers = {}
-    for peer in filter(None, os.environ.get(_PEERS, "").split(",")):
-        name, _, url = peer.partition("=")
-        url, _, model = url.partition("#")
-        bench.say(f"two turns of SmolLM2: {name}")
-        peers[name] = run_clients("turns", url=url, model=model or None, **job)
-    return turn_figures(ours, peers)
+            servers = {_OURS: [service.url, ""], **_peers()}
+            bench.say("two turns of SmolLM2: " + ", ".join(servers))
+            found = run_clients("turns", servers=servers, prompts=prompts, new="And then?", tokens=8)
+    return turn_figures(found.pop(_OURS), found)
+
+
+def _peers() -> dict[str, list[str]]:
+    """Address and model of each that the environment names: ``name=url#model``, separated by commas."""
+    named = [peer.partition("=") for peer in os.environ.get(_PEERS, "").split(",") if peer]
+    return {name: list(at.partition("#")[::2]) for name, _, at in named}
 
 
 def turn_figures(ours: Mapping[str, list[float]], peers: Mapping[str, Mapping[str, list[float]]]) -> list[Figure]:

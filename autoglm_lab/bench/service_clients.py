@@ -11,15 +11,20 @@ import random
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 
 from autoglm_lab.bench.rude_clients import KINDS, Target, be_rude
 
 _RETRIES = 200
 _POLITE = 0.5
+_LOOK, _BUSY, _PATIENCE = 0.5, 25.0, 20.0
 
 
 def run_clients(do: str, **job: Any) -> dict[str, Any]:
@@ -155,43 +160,75 @@ async def soak(
 
 
 async def turns(
-    url: str, model: str | None, prompts: dict[str, list[str]], new: str, tokens: int
-) -> dict[str, list[float]]:
-    """Seconds to the first piece of a second turn: cold, warm, and warm with several chats in turn.
+    servers: dict[str, list[str]], prompts: dict[str, list[str]], new: str, tokens: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds to the first piece of a second turn, by server: cold, warm, and warm with several chats in turn.
 
-    Every request has a connection of its own, and its time is in the figure: some servers say that they keep one and
-    close it a moment after the answer (llama-server does), when the next request may be on its way.
+    Servers are asked in turn, so that whatever else goes on meets all of them, and each figure is taken when the
+    machine is quiet, or has not become so in 20 seconds. Every request has a connection of its own, and its time is in the
+    figure: some servers say that they keep one and close it a moment after the answer (llama-server does), when the
+    next request may be on its way.
 
     Args:
+        servers: the address, ending in ``/v1``, and the model that is asked for (empty: none), by name.
         prompts: distinct long ones for each of ``cold``, ``warm`` and ``held``, which are all held at the same time.
         new: what the second turn says.
         tokens: most of an answer.
+
+    Raises:
+        RuntimeError: one gave no answer.
     """
-    tally, found = Tally(), dict[str, list[float]](cold=[], warm=[], held=[])
-    named = {"model": model} if model else {}
+    found = {name: dict[str, list[float]](cold=[], warm=[], held=[]) for name in servers}
+    async with AsyncExitStack() as stack:
+        clients = {name: await stack.enter_async_context(_client(url, 1)) for name, (url, _) in servers.items()}
+        for client in clients.values():
+            client.headers["connection"] = "close"
 
-    async def turn(client: httpx.AsyncClient, messages: list[dict[str, Any]]) -> Piece:
-        body = {**named, "messages": messages, "max_tokens": tokens, "temperature": 0}
-        piece = await ask(client, body, tally)
-        if piece is None:
-            raise RuntimeError(f"no answer from {url}: {tally.failed}")
-        return piece
+        async def turn(name: str, *messages: dict[str, str]) -> Piece:
+            tally, model = Tally(), servers[name][1]
+            body = {"messages": messages, "max_tokens": tokens, "temperature": 0, **({"model": model} if model else {})}
+            piece = await ask(clients[name], body, tally)
+            if piece is None:
+                raise RuntimeError(f"no answer from {name} at {servers[name][0]}: {tally.failed}")
+            return piece
 
-    async with _client(url, 1) as client:
-        client.headers["connection"] = "close"
-        await turn(client, [{"role": "user", "content": "warm up"}])
-        for prompt in prompts["cold"]:
-            said = {"role": "assistant", "content": "Yes."}
-            messages = [{"role": "user", "content": prompt}, said, {"role": "user", "content": new}]
-            found["cold"].append((await turn(client, messages)).first)
-        for kind, chats in (("warm", [[one] for one in prompts["warm"]]), ("held", [prompts["held"]])):
-            for group in chats:
-                dialogues = [[{"role": "user", "content": one}] for one in group]
-                for dialogue in dialogues:
-                    dialogue.append({"role": "assistant", "content": (await turn(client, dialogue)).text})
-                for dialogue in dialogues:
-                    found[kind].append((await turn(client, [*dialogue, {"role": "user", "content": new}])).first)
+        async def second(name: str, kind: str, prompt: str, said: str) -> None:
+            answer = {"role": "assistant", "content": said}
+            await _quiet()
+            found[name][kind].append((await turn(name, _user(prompt), answer, _user(new))).first)
+
+        for name in servers:
+            await turn(name, _user("warm up"))
+        for name, prompt in _in_turn(servers, prompts["cold"]):
+            await second(name, "cold", prompt, "Yes.")
+        for name, prompt in _in_turn(servers, prompts["warm"]):
+            await second(name, "warm", prompt, (await turn(name, _user(prompt))).text)
+        said = {}
+        for name, prompt in _in_turn(servers, prompts["held"]):
+            said[name, prompt] = (await turn(name, _user(prompt))).text
+        for name, prompt in _in_turn(servers, prompts["held"]):
+            await second(name, "held", prompt, said[name, prompt])
     return found
+
+
+def _in_turn(servers: Iterable[str], prompts: list[str]) -> Iterator[tuple[str, str]]:
+    """Each prompt for every server; another one begins each time."""
+    order = deque(servers)
+    for prompt in prompts:
+        for name in order:
+            yield name, prompt
+        order.rotate(-1)
+
+
+async def _quiet() -> None:
+    """Wait until the processors have had little to do for a moment, but not for ever."""
+    until = time.monotonic() + _PATIENCE
+    while await asyncio.to_thread(psutil.cpu_percent, _LOOK) > _BUSY and time.monotonic() < until:
+        pass
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
 def _client(url: str, connections: int, key: str | None = None) -> httpx.AsyncClient:

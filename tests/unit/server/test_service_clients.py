@@ -24,6 +24,12 @@ BODIES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_clients, "_LOOK", 0.01)
+    monkeypatch.setattr(service_clients, "_PATIENCE", 0.0)
+
+
 def test_every_answer_is_counted_and_compared(wb: lab.Workbench, served: Serving) -> None:
     tally = asyncio.run(load(served.url, BODIES, clients=3, requests=2, seed=1))
     assert (tally.right, tally.wrong, tally.failed, tally.tokens) == (6, 0, {}, 36)
@@ -45,7 +51,7 @@ def test_a_wrong_answer_is_found(wb: lab.Workbench, served: Serving, monkeypatch
 
 def test_second_turns_are_timed_cold_warm_and_held(wb: lab.Workbench, served: Serving) -> None:
     prompts = {kind: [f"{number} is the number of {kind}. " * 3 for number in range(2)] for kind in KINDS}
-    found = asyncio.run(turns(served.url, None, prompts, "And then?", 2))
+    (found,) = asyncio.run(turns({"ours": [served.url, ""]}, prompts, "And then?", 2)).values()
     assert {kind: len(seconds) for kind, seconds in found.items()} == {"cold": 2, "warm": 2, "held": 2}
 
 
@@ -69,11 +75,26 @@ def test_a_warm_turn_without_vllm_is_judged_beside_a_cold_one() -> None:
 
 
 def test_second_turns_are_timed_at_a_server_that_closes_connections_it_said_it_keeps() -> None:
-    async def timed() -> dict[str, list[float]]:
+    async def timed() -> dict[str, dict[str, list[float]]]:
         async with forgetful_server() as url:
-            return await turns(url, "any", {kind: ["Hello", "Hi"] for kind in KINDS}, "And then?", 2)
+            servers = {"one": [url, "any"], "two": [url, "any"]}
+            return await turns(servers, {kind: ["Hello", "Hi"] for kind in KINDS}, "And then?", 2)
 
-    assert {kind: len(seconds) for kind, seconds in asyncio.run(timed()).items()} == {"cold": 2, "warm": 2, "held": 2}
+    for found in asyncio.run(timed()).values():
+        assert {kind: len(seconds) for kind, seconds in found.items()} == {"cold": 2, "warm": 2, "held": 2}
+
+
+def test_a_second_turn_is_timed_when_the_machine_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [100.0, 80.0, 3.0]
+    monkeypatch.setattr(service_clients, "_PATIENCE", 60.0)
+    monkeypatch.setattr(service_clients.psutil, "cpu_percent", lambda _: seen.pop(0))
+
+    async def timed() -> dict[str, dict[str, list[float]]]:
+        async with forgetful_server() as url:
+            return await turns({"one": [url, ""]}, {"cold": ["Hello"], "warm": [], "held": []}, "And then?", 2)
+
+    assert len(asyncio.run(timed())["one"]["cold"]) == 1
+    assert seen == []
 
 
 @asynccontextmanager
