@@ -12,18 +12,19 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx
+import psutil
 
 from autoglm_lab.bench.rude_clients import KINDS, Target, be_rude
 
 _RETRIES = 200
 _POLITE = 0.5
-_PAUSE = 0.5
+_LOOK, _BUSY, _PATIENCE = 0.5, 25.0, 20.0
 
 
 def run_clients(do: str, **job: Any) -> dict[str, Any]:
@@ -163,8 +164,8 @@ async def turns(
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds to the first piece of a second turn, by server: cold, warm, and warm with several chats in turn.
 
-    Servers are asked in turn, so that whatever else goes on meets all of them, and after a pause, in which the threads
-    of the one before stop to wait for more work. Every request has a connection of its own, and its time is in the
+    Servers are asked in turn, so that whatever else goes on meets all of them, and each figure is taken when the
+    machine is quiet, or has not become so in 20 seconds. Every request has a connection of its own, and its time is in the
     figure: some servers say that they keep one and close it a moment after the answer (llama-server does), when the
     next request may be on its way.
 
@@ -193,30 +194,37 @@ async def turns(
 
         async def second(name: str, kind: str, prompt: str, said: str) -> None:
             answer = {"role": "assistant", "content": said}
+            await _quiet()
             found[name][kind].append((await turn(name, _user(prompt), answer, _user(new))).first)
 
         for name in servers:
             await turn(name, _user("warm up"))
-        async for name, prompt in _in_turn(servers, prompts["cold"]):
+        for name, prompt in _in_turn(servers, prompts["cold"]):
             await second(name, "cold", prompt, "Yes.")
-        async for name, prompt in _in_turn(servers, prompts["warm"]):
+        for name, prompt in _in_turn(servers, prompts["warm"]):
             await second(name, "warm", prompt, (await turn(name, _user(prompt))).text)
         said = {}
-        async for name, prompt in _in_turn(servers, prompts["held"]):
+        for name, prompt in _in_turn(servers, prompts["held"]):
             said[name, prompt] = (await turn(name, _user(prompt))).text
-        async for name, prompt in _in_turn(servers, prompts["held"]):
+        for name, prompt in _in_turn(servers, prompts["held"]):
             await second(name, "held", prompt, said[name, prompt])
     return found
 
 
-async def _in_turn(servers: Iterable[str], prompts: list[str]) -> AsyncIterator[tuple[str, str]]:
+def _in_turn(servers: Iterable[str], prompts: list[str]) -> Iterator[tuple[str, str]]:
     """Each prompt for every server; another one begins each time."""
     order = deque(servers)
     for prompt in prompts:
         for name in order:
-            await asyncio.sleep(_PAUSE)
             yield name, prompt
         order.rotate(-1)
+
+
+async def _quiet() -> None:
+    """Wait until the processors have had little to do for a moment, but not for ever."""
+    until = time.monotonic() + _PATIENCE
+    while await asyncio.to_thread(psutil.cpu_percent, _LOOK) > _BUSY and time.monotonic() < until:
+        pass
 
 
 def _user(text: str) -> dict[str, str]:

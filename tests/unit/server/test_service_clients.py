@@ -25,8 +25,9 @@ BODIES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_clients, "_PAUSE", 0.0)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_clients, "_LOOK", 0.01)
+    monkeypatch.setattr(service_clients, "_PATIENCE", 0.0)
 
 
 def test_every_answer_is_counted_and_compared(wb: lab.Workbench, served: Serving) -> None:
@@ -81,6 +82,19 @@ def test_second_turns_are_timed_at_a_server_that_closes_connections_it_said_it_k
 
     for found in asyncio.run(timed()).values():
         assert {kind: len(seconds) for kind, seconds in found.items()} == {"cold": 2, "warm": 2, "held": 2}
+
+
+def test_a_second_turn_is_timed_when_the_machine_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [100.0, 80.0, 3.0]
+    monkeypatch.setattr(service_clients, "_PATIENCE", 60.0)
+    monkeypatch.setattr(service_clients.psutil, "cpu_percent", lambda _: seen.pop(0))
+
+    async def timed() -> dict[str, dict[str, list[float]]]:
+        async with forgetful_server() as url:
+            return await turns({"one": [url, ""]}, {"cold": ["Hello"], "warm": [], "held": []}, "And then?", 2)
+
+    assert len(asyncio.run(timed())["one"]["cold"]) == 1
+    assert seen == []
 
 
 @asynccontextmanager
