@@ -165,8 +165,8 @@ async def turns(
     """Seconds to the first piece of a second turn, by server: cold, warm, and warm with several chats in turn.
 
     Servers are asked in turn, so that whatever else goes on meets all of them, and each figure is taken when the
-    machine is quiet, or has not become so in 20 seconds. Every request has a connection of its own, and its time is in the
-    figure: some servers say that they keep one and close it a moment after the answer (llama-server does), when the
+    machine is quiet, or has not become so in 20 seconds. Every request has a connection of its own, and its time is in
+    the figure: some servers say that they keep one and close it a moment after the answer (llama-server does), when the
     next request may be on its way.
 
     Args:
