@@ -25,6 +25,7 @@ from autoglm_lab.workbench import Workbench
 _CLIENTS, _SEED = 16, 2026
 _JUDGED_SECONDS, _WARM_SECONDS = 600.0, 30.0
 _SETTLE_SECONDS, _NAP = 30.0, 0.2
+_LOOKS, _BETWEEN = 5, 0.03
 _OWNED = ("weights", "kv", "owner")
 # Small limits, so that clients meet every one of them.
 _SETTINGS: dict[str, Any] = {
@@ -52,13 +53,22 @@ class Remains:
         """Now. Conversations are named and then forgotten, and what is kept between turns is freed."""
         names = tuple(info.name for info in workbench.conversations)
         bytes_of = owned(at_rest(workbench))
-        return cls(bytes_of, frozenset(threading.enumerate()), psutil.Process().num_fds(), names)
+        return cls(bytes_of, frozenset(threading.enumerate()), _open_files(), names)
 
     def beyond(self, before: Remains) -> list[str]:
         """What is here and was not before."""
         found = [f"thread {thread.name}" for thread in self.threads - before.threads if thread.is_alive()]
         found += [f"conversation {name}" for name in set(self.conversations) - set(before.conversations)]
         return found + [f"{self.files - before.files} files"] * (self.files > before.files)
+
+
+def _open_files() -> int:
+    """Files that stay open: some are for a moment, when memory is sampled or a plan is kept."""
+    counts = []
+    for _ in range(_LOOKS):
+        counts.append(psutil.Process().num_fds())
+        time.sleep(_BETWEEN)
+    return min(counts)
 
 
 def soak_figures(bench: Bench, workbench: Workbench, bodies: list[dict[str, Any]]) -> list[Figure]:
