@@ -42,9 +42,9 @@ _AT_ONCE = 8
 _SHARED = 0.92
 """The share of what is free that plans of rows may add up to: one that is too low leaves the others their room."""
 _MEASURED = (
-    "Measured: the most that torch's allocator, weights and pages held together, and the most that the driver showed "
-    "beside them, sampled every 3 ms in a process of its own. Rows run side by side where the device has room: each "
-    "counts its own process."
+    "Measured: the most that torch's allocator, weights and pages held together, by the allocator's own mark, and the "
+    "most that the driver showed beside them, sampled every 3 ms in a process of its own. Rows run side by side where "
+    "the device has room: each counts its own process."
 )
 _BARS = (
     f"Bars: the total within {_OFF:g} %, never under by more than {-_UNDER:g} %; the rest (all but weights and "

@@ -10,6 +10,7 @@ from autoglm_lab.bench.prompts import length, said, screen, text_of, user
 from autoglm_lab.errors import LabError, LoadError, OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator, open_accelerator
 from autoglm_lab.memory.allocator_setting import expand_segments
+from autoglm_lab.memory.high_water import Watch, high_water
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.workbench import Workbench
 
@@ -22,7 +23,8 @@ _STEPS = 2
 class Watcher:
     """Samples what the process holds, in a thread of its own. Bytes.
 
-    While the model comes only `process` is looked at: nobody answers for the weights yet.
+    What torch's allocator reserved between two samples is counted too, however short it was. While the model comes only
+    `process` is looked at: nobody answers for the weights yet.
 
     Attributes:
         held: the most in torch's allocator, weights and pages together.
@@ -37,6 +39,7 @@ class Watcher:
         self.held = self.rest = self.weights = self.driver = self.process = 0
         self.hidden = False
         self._bench: Workbench | None = None
+        self._since: tuple[Watch, int] | None = None
         self.accelerator = accelerator
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -66,10 +69,23 @@ class Watcher:
         if bench is None:
             return
         held = after.reserved + after.slabs
-        self.held, self.weights = max(self.held, held), max(self.weights, weights)
-        self.rest = max(self.rest, held - weights)
+        most = self._most(held, after.slabs)
+        self.held, self.weights = max(self.held, most), max(self.weights, weights)
+        self.rest = max(self.rest, most - weights)
         if process is not None:
             self.driver = max(self.driver, process - held)
+
+    def _most(self, held: int, slabs: int) -> int:
+        """The most that was held since the last sample; what is held now where slabs came or went meanwhile."""
+        if self.accelerator.kind != "cuda":
+            return held
+        marks, most = high_water(self.accelerator.device), held
+        if self._since is not None:
+            watch, before = self._since
+            most = marks.close(watch, held).process or held
+            most = most if before == slabs else held
+        self._since = marks.open(), slabs
+        return most
 
     @staticmethod
     def _weights(bench: Workbench) -> int:

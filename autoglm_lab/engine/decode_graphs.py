@@ -64,6 +64,10 @@ class DecodeGraphs:
         told: called with a text and seconds when a graph was captured, or could not be.
         growth: counts what the driver takes meanwhile under a name.
         warm_up: counts what libraries take for the current stream.
+
+    Attributes:
+        usable: whether steps can be captured here, as far as that is known.
+        lean: what stands in for modules in a captured step.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class DecodeGraphs:
         self._before, self._meanwhile, self._told = before, meanwhile, told
         self._growth, self._warm_up = growth, warm_up
         self._configs = decoder_configs(model)
-        self._lean = LeanForward(model)
+        self.lean = LeanForward(model)
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._memory: Any = None
@@ -133,6 +137,13 @@ class DecodeGraphs:
         for sequence in sequences:
             sequence.tokens += 1
         return graph.logits[: len(sequences)].float()
+
+    def prepare(self) -> None:
+        """Let libraries take what they keep for the stream of captures; costs nothing when they did."""
+        if self.usable and self._warm_up is not None:
+            with torch.cuda.stream(_side_stream(self._model.device)):
+                self._warm_up()
+            self._warm_up = None
 
     def wait_for_kernels(self) -> None:
         """Until the kernels that a step needs are compiled."""
@@ -230,12 +241,10 @@ class DecodeGraphs:
 
         if self._memory is None:
             self._memory = torch.cuda.graph_pool_handle()
+        self.prepare()
         stream = _side_stream(device)
-        if self._warm_up is not None:
-            with torch.cuda.stream(stream):
-                self._warm_up()
         stream.wait_stream(torch.cuda.current_stream(device))
-        with paged(self._configs, cache), self._lean.active():
+        with paged(self._configs, cache), self.lean.active():
             with torch.cuda.stream(stream):
                 forward()  # kernels are loaded and compiled before the capture
             torch.cuda.current_stream(device).wait_stream(stream)

@@ -39,17 +39,22 @@ class LeanForward:
         """Try again at the next use: what was tried may have failed for another reason."""
         self._forwards = None
 
+    def prepare(self) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """What stands in for what; tried out at the first call."""
+        if self._forwards is None:
+            self._forwards = self._tried()
+        return self._forwards
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Let the modules compute the lean way."""
-        if self._forwards is None:
-            self._forwards = self._tried()
-        for module, forward in self._forwards:
+        forwards = self.prepare()
+        for module, forward in forwards:
             module.__dict__["forward"] = forward
         try:
             yield
         finally:
-            for module, _ in self._forwards:
+            for module, _ in forwards:
                 module.__dict__.pop("forward", None)
 
     @staticmethod

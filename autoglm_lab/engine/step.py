@@ -61,7 +61,7 @@ class Stepper:
         self._model, self.graphs, self._ranks = model, graphs, ranks
         self.encoder = Encoder(model) if encoder is None else encoder
         self._positions = Positions(model)
-        self._lean = LeanForward(model)
+        self._lean = LeanForward(model) if graphs is None else graphs.lean
         self._configs = decoder_configs(model) if self._positions.stated else ()
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._cache_name = "cache_params" if "cache_params" in self._accepted else "past_key_values"
@@ -106,6 +106,7 @@ class Stepper:
         self, state: KvState, prompt: Prompt, start: int, chunk: int, between: Callable[[], bool]
     ) -> Tensor | None:
         end, device = len(prompt.ids), self._model.device
+        self._prepare()
         places = self._positions.of(prompt)
         outputs = self.encoder.encode(prompt, start) if self.encoder.separate(prompt, start) else None
         whole = [] if outputs is not None else prompt.whole()
@@ -137,6 +138,14 @@ class Stepper:
             state.runs = tuple(run for run in prompt.runs if run.start < last)
         state.publish()
         return logits
+
+    def _prepare(self) -> None:
+        """What the first steps take for a moment or for good: beside what encoders leave it would add to the peak."""
+        if self._ranks is not None:  # all of them try at the same time, in their first step
+            return
+        self._lean.prepare()
+        if self.graphs is not None:
+            self.graphs.prepare()
 
     def _reads_in_pieces(self, state: KvState) -> bool:
         """Whether a prompt read in pieces gives what it gives in one; tried once, where layers keep a state."""

@@ -239,7 +239,9 @@ class Activations:
         chunks = tuple(self._chunks(steps))
         if len(chunks) > _MOST_WHOLE:
             chunks = tuple(_telling(list(chunks)))
-        last = (*chunks, (steps.kept - 1, steps.kept))
+        # Every step writes the cache anew, a little longer: the second one finds blocks free that do not hold it.
+        written = sorted({steps.prompt, steps.kept - 1})
+        last = (*chunks, *((before, before + 1) for before in written if before >= steps.prompt))
         alone, kept = self._owning(last)
         after, _ = self._owning(last, tuple(tape for tape, _ in encoded)) if encoded else (alone, kept)
         left = max(0, after.reserved - features - alone.reserved)

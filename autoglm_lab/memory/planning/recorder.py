@@ -167,8 +167,8 @@ class DeviceKernels(TorchFunctionMode):
             return flash(query, value)
         grouped = query.shape[1] != key.shape[1]
         if self._kind == "cpu" or not grouped:
-            bias = _bias(attn_mask, query, 1 if self._kind == "cpu" else 8)
-            made = flash(query, value) if self._kind == "cpu" else query.new_empty(*query.shape[:-1], value.shape[-1])
+            bias = _bias(attn_mask, query)
+            made = flash(query, value) if self._kind == "cpu" else _by_token(query, value)
             del bias
             return made
         if enable_gqa:
@@ -188,6 +188,12 @@ def _work_of_convolution(given: Tensor, weight: Tensor, result: Tensor) -> None:
     result.new_empty(nbytes, dtype=torch.uint8)
 
 
+def _by_token(query: Tensor, value: Tensor) -> Tensor:
+    """The result of attention as the memory-efficient kernel lays it out: all heads of a token together."""
+    batch, heads, new, _ = query.shape
+    return query.new_empty(batch, new, heads, value.shape[-1]).transpose(1, 2)
+
+
 def flash(query: Tensor, value: Tensor) -> Tensor:
     """What FlashAttention allocates for queries ``[batch, heads, new, head_dim]``: the result and a sum a row."""
     batch, heads, new, dim = query.shape
@@ -199,12 +205,8 @@ def flash(query: Tensor, value: Tensor) -> Tensor:
     return result
 
 
-def _bias(mask: Tensor | None, query: Tensor, multiple: int = 1) -> Tensor | None:
-    if mask is None:
-        return None
-    bias = mask.to(query.dtype) if mask.dtype == torch.bool else mask
-    short = -bias.shape[-1] % multiple
-    return functional.pad(bias, (0, short)) if short else bias
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    return mask.to(query.dtype) if mask is not None and mask.dtype == torch.bool else mask
 
 
 @contextlib.contextmanager

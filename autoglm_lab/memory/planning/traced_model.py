@@ -85,10 +85,11 @@ class TracedModel:
 
     def whole(self, chunks: Sequence[tuple[int, int]]) -> LayeredTape:
         """Reading ``(before, new)`` tokens, chunk by chunk, into transformers' own cache, which stays at the end."""
-        with self._stepping() as recorder, self._marked(recorder) as starts:
-            cache = DynamicCache(config=self._model.config)
+        with self._stepping(every_slice=True) as recorder, self._marked(recorder) as starts:
+            cache, logits = DynamicCache(config=self._model.config), None
             for before, new in chunks:
-                self._step(cache, 1, before, new)
+                logits = self._step(cache, 1, before, new)  # those of the step before are held meanwhile
+            del logits
             tape: Tape = recorder.tape
         each = self.layers + 1
         passes = tuple(tuple(starts[at : at + each]) for at in range(0, len(starts), each))
@@ -164,10 +165,16 @@ class TracedModel:
         return traced, paged(self._configs, traced) if self._configs else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _stepping(self) -> Iterator[Recorder]:
+    def _stepping(self, *, every_slice: bool = False) -> Iterator[Recorder]:
+        """Record steps as the engine runs them.
+
+        Args:
+            every_slice: let long chunks go through feed-forward layers in all their slices, not in one for all of them:
+                the same blocks, once more, for an allocator that is followed to the end.
+        """
         replaced: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = list(without_weights(self._model, self._kind))
         if self._lean:
-            replaced += [(module, _one_slice(module)) for module in feed_forwards(self._model)]
+            replaced += [(module, _sliced(module, every_slice)) for module in feed_forwards(self._model)]
             replaced += [(module, _one_kernel) for module in rms_norms(self._model) if type(module) in self._fused]
         for module, forward in replaced:
             module.__dict__["forward"] = forward
@@ -195,15 +202,18 @@ def shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return short
 
 
-def _one_slice(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the slices of a long chunk allocate: each the same, one after the other."""
+def _sliced(module: nn.Module, every_slice: bool) -> Callable[[Tensor], Tensor]:
+    """What the slices of a long chunk allocate: all of them, or the first, as which the others are."""
     forward = type(module).forward.__get__(module)
 
     def run(hidden: Tensor) -> Tensor:
         if hidden.shape[-2] <= FEED_FORWARD_TOKENS:
             return forward(hidden)  # type: ignore[no-any-return]
         result = torch.empty_like(hidden)
-        result[..., :FEED_FORWARD_TOKENS, :] = forward(hidden[..., :FEED_FORWARD_TOKENS, :])
+        end = hidden.shape[-2] if every_slice else FEED_FORWARD_TOKENS
+        for start in range(0, end, FEED_FORWARD_TOKENS):
+            stop = start + FEED_FORWARD_TOKENS
+            result[..., start:stop, :] = forward(hidden[..., start:stop, :])
         return result
 
     return run
