@@ -23,12 +23,12 @@ from autoglm_lab.engine.pieces import reads_in_pieces
 from autoglm_lab.engine.positions import Positions
 from autoglm_lab.engine.prompt import Prompt
 from autoglm_lab.engine.question import Question
-from autoglm_lab.engine.row_merge import RowMerge
 from autoglm_lab.errors import ContextLimitError, ConversationError
 from autoglm_lab.memory.kv.observing_cache import ObservingCache
 from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
 from autoglm_lab.memory.kv.paged_cache import PagedCache
 from autoglm_lab.memory.kv.paged_sequence import PagedSequence
+from autoglm_lab.models.row_merge import RowMerge
 from autoglm_lab.schedule import prefill_chunks
 
 if TYPE_CHECKING:

@@ -126,6 +126,7 @@ class TurnRun:
         if read is None:
             return self._finished("", "", "cancelled", prompt, start, 0)
         logits = read
+        del read  # or it would stay until the answer is there
         eos = _eos(state) if self.settings.eos else ()
         chooser = Chooser(self.settings, prompt.ids, eos, state.model.device)
         reader, stops = AnswerReader(state.tokenizer, prompt.ids), StopStrings(self.settings.stop)

@@ -69,7 +69,7 @@ class Finetuning:
         self._passes = StepPeaks(state.accelerator.device)
         self.run.activations = self._passes.most
         self._gradients = self._states = 0
-        self._closing = False
+        self._closing = self._settled = False
         self.last_loss = 0.0
 
     def job(self, between: Callable[[], bool]) -> TrainingResult:
@@ -313,6 +313,9 @@ class Finetuning:
         self._gradients = 0
         # Fused optimisers write without counting; parking goes by the count.
         torch.autograd.graph.increment_version(list(self._learnt.parameters()))
+        if not self._settled:  # the optimiser's states lie among what the first step freed: later steps start afresh
+            self._settled = True
+            self._state.accelerator.give_back()
         run = self.run
         run.step, run.seconds = step, time.monotonic() - run.began
         run.losses.append((step, loss))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from autoglm_lab.engine.row_merge import RowMerge
+from autoglm_lab.models.row_merge import RowMerge
 
 
 def test_rows_take_no_more_memory_than_the_result(device: torch.device) -> None:

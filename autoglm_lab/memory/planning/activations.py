@@ -20,7 +20,7 @@ from autoglm_lab.models.loading import Outline
 from autoglm_lab.models.precision import precisions_of
 from autoglm_lab.schedule import BATCH_SIZES, FEED_FORWARD_TOKENS, prefill_chunks
 
-_LEAST_LAYERS = 3
+_LEAST_LAYERS = 4
 _MOST_WHOLE = 16
 """Chunks of a prompt that are played one by one into transformers' own cache; of more, those that can hold the peak."""
 _SHORT, _LONG = (64, 128, 256, 384), (1024, 1536, 2048, 3072)
@@ -242,23 +242,27 @@ class Activations:
         # Every step writes the cache anew, a little longer: the second one finds blocks free that do not hold it.
         written = sorted({steps.prompt, steps.kept - 1})
         last = (*chunks, *((before, before + 1) for before in written if before >= steps.prompt))
-        alone, kept = self._owning(last)
-        after, _ = self._owning(last, tuple(tape for tape, _ in encoded)) if encoded else (alone, kept)
+        rows = features // (self._outline.dtype.itemsize * int(self._config.get_text_config().hidden_size))
+        alone, kept = self._owning(last, rows)
+        after, _ = self._owning(last, rows, tuple(tape for tape, _ in encoded)) if encoded else (alone, kept)
         left = max(0, after.reserved - features - alone.reserved)
-        prefill, _ = self._owning(chunks)
+        prefill, _ = self._owning(chunks, rows)
         return Work(encode, prefill, replace(alone, left=left), features, kept)
 
-    def _owning(self, chunks: tuple[tuple[int, int], ...], before: tuple[Tape, ...] = ()) -> tuple[Peak, int]:
+    def _owning(
+        self, chunks: tuple[tuple[int, int], ...], rows: int, before: tuple[Tape, ...] = ()
+    ) -> tuple[Peak, int]:
         """The peak of reading ``chunks`` into transformers' own cache, less the cache; and the cache's bytes.
 
         Args:
+            rows: how many of the first tokens stand for what was encoded.
             before: what was encoded, and stays.
         """
-        key = chunks, before
+        key = chunks, rows, before
         if key not in self._owned:
             depth = int(self._config.get_text_config().num_hidden_layers)
             figures = []
-            for tape in self._tapes_of(chunks, depth):
+            for tape in self._tapes_of(chunks, depth, rows):
                 allocator = AllocatorModel()
                 for one in before:
                     allocator.play(one)
@@ -272,16 +276,17 @@ class Activations:
             self._owned[key] = Peak(max(0, peak - kept), max(0, reserved - kept)), kept
         return self._owned[key]
 
-    def _tapes_of(self, chunks: tuple[tuple[int, int], ...], depth: int) -> list[Tape]:
+    def _tapes_of(self, chunks: tuple[tuple[int, int], ...], depth: int, rows: int = 0) -> list[Tape]:
         """The tape of the whole model; where it cannot be put together, those of two smaller ones to go on from."""
         spans = [(first, last - first) for first, last in chunks]
         kinds = self._kinds(depth)
         if all(kind == kinds[at % self._period] for at, kind in enumerate(kinds)):
             few = self._model_of(least_layers(depth, self._period))
             with contextlib.suppress(ValueError):
-                return [self._tape(("whole", chunks), lambda: few.whole(spans).deepened(depth, self._period))]
+                key = "whole", chunks, rows
+                return [self._tape(key, lambda: few.whole(spans, rows).deepened(depth, self._period))]
         return [
-            self._tape(("whole", chunks, traced.layers), lambda traced=traced: traced.whole(spans).tape)  # type: ignore[misc]
+            self._tape(("whole", chunks, rows, traced.layers), lambda traced=traced: traced.whole(spans, rows).tape)  # type: ignore[misc]
             for traced in (self._traced, self._deeper)
         ]
 

@@ -26,6 +26,8 @@ _MOST_REAL = 1 << 20
 """Elements of the largest tensor that is real."""
 _FEW = 4096
 """Elements of inputs that cannot make a large tensor, but for a mask of every pair."""
+_CHANNELS = 8
+"""Of half-precision numbers that a tensor core reads at once."""
 _CONVOLUTIONS = (functional.conv1d, functional.conv2d, functional.conv3d)
 
 
@@ -132,9 +134,10 @@ class DeviceKernels(TorchFunctionMode):
     """Attention and convolutions as the device would compute them: what they allocate, no numbers.
 
     Attention on CUDA: half precision without a mask is FlashAttention; the rest, where keys have as many heads as
-    queries, is the memory-efficient kernel; what is left is written out as matrices. On a CPU it is the flash kernel
-    of torch. Convolutions on CUDA in half precision: cuDNN brings input and weight into the order of its tensor cores,
-    and the result back where it is more than one place.
+    queries, is cuDNN's kernel; what is left is written out as matrices. On a CPU it is the flash kernel of torch.
+    Convolutions on CUDA in half precision: cuDNN brings input and weight into the order of its tensor cores, where
+    their channels fill these, and the result back where it is more than one place. Norms of layers read a copy of what
+    is not contiguous.
     """
 
     def __init__(self, kind: Literal["cuda", "cpu"]) -> None:
@@ -145,7 +148,11 @@ class DeviceKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             return self._attend(*args, **kwargs)
+        copied = None
+        if func is functional.layer_norm and self._kind == "cuda" and isinstance(args[0], FakeTensor):
+            copied = args[0].contiguous()
         result = func(*args, **kwargs)
+        del copied
         if func in _CONVOLUTIONS and self._kind == "cuda" and isinstance(result, FakeTensor):
             _work_of_convolution(args[0], args[1], result)
         return result
@@ -168,7 +175,7 @@ class DeviceKernels(TorchFunctionMode):
         grouped = query.shape[1] != key.shape[1]
         if self._kind == "cpu" or not grouped:
             bias = _bias(attn_mask, query)
-            made = flash(query, value) if self._kind == "cpu" else _by_token(query, value)
+            made = flash(query, value) if self._kind == "cpu" else _as_query(query, value)
             del bias
             return made
         if enable_gqa:
@@ -181,7 +188,7 @@ class DeviceKernels(TorchFunctionMode):
 
 
 def _work_of_convolution(given: Tensor, weight: Tensor, result: Tensor) -> None:
-    if result.dtype not in (torch.float16, torch.bfloat16):
+    if result.dtype not in (torch.float16, torch.bfloat16) or given.shape[1] % _CHANNELS:
         return
     places = result[0, 0].numel()
     nbytes = given.nbytes + weight.nbytes + (result.nbytes if places > 1 else 0)
@@ -192,6 +199,14 @@ def _by_token(query: Tensor, value: Tensor) -> Tensor:
     """The result of attention as the memory-efficient kernel lays it out: all heads of a token together."""
     batch, heads, new, _ = query.shape
     return query.new_empty(batch, new, heads, value.shape[-1]).transpose(1, 2)
+
+
+def _as_query(query: Tensor, value: Tensor) -> Tensor:
+    """The result of attention as cuDNN lays it out: in the order of the queries' dimensions in memory."""
+    order = sorted(range(4), key=query.stride, reverse=True)
+    sizes = (*query.shape[:3], value.shape[-1])
+    result = query.new_empty([sizes[dim] for dim in order])
+    return result.permute([order.index(dim) for dim in range(4)])
 
 
 def flash(query: Tensor, value: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.kv.paged_attention import decoder_configs, paged
@@ -23,6 +24,7 @@ from autoglm_lab.models.decoder_layers import decoder_layers
 from autoglm_lab.models.lean_layers import feed_forwards, norm_of, rms_norms
 from autoglm_lab.models.precision import convert
 from autoglm_lab.models.quantized_linear import without_weights
+from autoglm_lab.models.row_merge import RowMerge
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.schedule import FEED_FORWARD_TOKENS
 
@@ -83,12 +85,17 @@ class TracedModel:
             tape: Tape = recorder.tape
         return tape
 
-    def whole(self, chunks: Sequence[tuple[int, int]]) -> LayeredTape:
-        """Reading ``(before, new)`` tokens, chunk by chunk, into transformers' own cache, which stays at the end."""
+    def whole(self, chunks: Sequence[tuple[int, int]], pictured: int = 0) -> LayeredTape:
+        """Reading ``(before, new)`` tokens, chunk by chunk, into transformers' own cache, which stays at the end.
+
+        Args:
+            pictured: how many of the first tokens stand for images.
+        """
         with self._stepping(every_slice=True) as recorder, self._marked(recorder) as starts:
             cache, logits = DynamicCache(config=self._model.config), None
             for before, new in chunks:
-                logits = self._step(cache, 1, before, new)  # those of the step before are held meanwhile
+                rows = max(0, min(pictured - before, new))
+                logits = self._step(cache, 1, before, new, pictured=rows)  # those before are held meanwhile
             del logits
             tape: Tape = recorder.tape
         each = self.layers + 1
@@ -133,6 +140,7 @@ class TracedModel:
         *,
         bidirectional: bool = False,
         graph: bool = False,
+        pictured: int = 0,
     ) -> Tensor:
         shape = (batch, new) if self._planes == 1 else (self._planes, batch, new)
         arguments: dict[str, Any] = {"position_ids": torch.zeros(shape, dtype=torch.long)}
@@ -142,10 +150,16 @@ class TracedModel:
             arguments["block_sequence_ids"] = torch.zeros((1, before + new), dtype=torch.long)
         if "logits_to_keep" in self._accepted:
             arguments["logits_to_keep"] = 1
+        ids = torch.zeros((batch, new), dtype=torch.long)
+        merging: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if pictured and "mm_encoder_outputs" in self._accepted:
+            ids[:, :pictured] = int(self._model.config.image_token_id)
+            arguments |= self._pictures(pictured, before, new)
+            merging = RowMerge()
         cache, over_pages = self._cache(form, batch, before, new)
-        with over_pages:
+        with over_pages, merging:
             logits: Tensor = self._model(
-                input_ids=torch.zeros((batch, new), dtype=torch.long),
+                input_ids=ids,
                 past_key_values=cache,
                 use_cache=True,
                 **arguments,
@@ -153,6 +167,17 @@ class TracedModel:
         if isinstance(cache, TracedCache):
             cache.let_go()
         return logits[:, -1] if graph else logits[:, -1].float()
+
+    def _pictures(self, rows: int, before: int, new: int) -> dict[str, Any]:
+        """What the engine tells the model of a chunk whose first tokens stand for images."""
+        with self._mode:
+            features = torch.empty(rows, self._model.config.get_text_config().hidden_size, dtype=self._dtype)
+        told: dict[str, Any] = {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+        if "token_type_ids" in self._accepted:
+            types = torch.zeros((1, before + new), dtype=torch.long)
+            types[:, before : before + rows] = 1
+            told["token_type_ids"] = types
+        return told
 
     def _cache(
         self, form: PageFormat | Cache | None, batch: int, before: int, new: int

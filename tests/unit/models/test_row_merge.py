@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 import autoglm_lab as lab
-from autoglm_lab.engine import row_merge
-from autoglm_lab.engine.row_merge import RowMerge
+from autoglm_lab.models import row_merge
+from autoglm_lab.models.row_merge import RowMerge
 
 
 @pytest.mark.parametrize("rows", [[], [0], [1, 2, 5], range(7)])
