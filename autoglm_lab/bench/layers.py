@@ -15,13 +15,21 @@ import torch
 from autoglm_lab.bench.bench import Bench
 from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.report import Figure, Report
+from autoglm_lab.memory.planning.cards import find_card
+from autoglm_lab.memory.planning.device_constants import plan_device
+from autoglm_lab.memory.planning.plan_search import host_bytes
+from autoglm_lab.memory.planning.planner import planner
+from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.decoder_layers import decoder_layers
 from autoglm_lab.models.loading import outline
+from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, format_bytes
 
 _SHARE = 0.85
+_SPARE = 0.002
+"""Share of a budget that the plan leaves free."""
 _BESIDE = 1_250_000_000
-"""Bytes of a budget that weights cannot have: context, kernels, workspaces, a step's tensors, some pages."""
+"""Bytes of a budget that accelerate is not told of: context, kernels, workspaces, a step's tensors, keys and values."""
 _PROMPT, _ANSWER = 256, 33
 _HERE = "autoglm_lab.bench.layers"
 
@@ -42,7 +50,7 @@ def run(bench: Bench) -> Report:
         "layers on the host",
         figures,
         f"Decoding {_ANSWER - 1} tokens after a prompt of {_PROMPT}, one conversation, vision parked. A budget is a "
-        "hard cap on the whole process, its context included.",
+        "hard cap on the whole process, its context included; what stays on the host is the least that the plan says.",
         "accelerate: device_map='auto' with a max_memory of the budget less 1.25 GB, through transformers' generate; "
         "its process may take more than that.",
         "Limit: the rate of a pinned copy in this run, by the bytes of layers and head that the budget has no room for "
@@ -73,19 +81,17 @@ def ours(budget: int | None, small: bool) -> dict[str, Any]:
     """Measure ours in this process."""
     from autoglm_lab.bench.prompts import prompt_of
     from autoglm_lab.opening import load
-    from autoglm_lab.policy import MemoryPolicy
 
     name = "autoglm-tiny" if small else "autoglm-phone-9b"
-    weights = _text_bytes(name)
-    saved = 0 if budget is None else max(0, sum(weights) - (budget - _BESIDE))
     policy = MemoryPolicy(
         modules={"vision": "off"},
-        placement={"host_bytes": saved},
         budget=budget,
         kv={"prefix_bytes": 0},
         generation={"eos": False},
         reclaim={"every_answers": None, "cached_share": None},
     )
+    if budget is not None:
+        policy = policy.replace(placement={"host_bytes": _planned(name, policy)})
     with load(name, weights=None if small else "dummy", policy=policy) as wb:
         prompt = prompt_of(wb, _PROMPT, seed=1)
         peaks = []
@@ -97,7 +103,7 @@ def ours(budget: int | None, small: bool) -> dict[str, Any]:
         held = ledger.of_kind("weights")
         on_host = wb.engine.state.residency.on_host
         process = ledger.process
-    layers_and_head = weights[0]
+    layers_and_head = _layers_and_head(name)
     beside = 0 if process is None else process - held
     return {
         "rate": answer.timings.tokens_per_second,
@@ -138,21 +144,27 @@ def accelerated(budget: int | None, small: bool) -> dict[str, Any]:
     return {"rate": rate, "process": machine.process_bytes()}
 
 
-def _text_bytes(name: str) -> tuple[int, int]:
-    """Bytes of the layers with the head, and of the rest that is not vision."""
+def _planned(name: str, policy: MemoryPolicy) -> int:
+    """The fewest bytes that the text has to leave to the host, as planned for the card by its name."""
+    card = torch.cuda.get_device_name()
+    where = plan_device(card if find_card(card) is not None else "cuda:0", policy.budget, None)
+    predict = planner(outline(name, device="cuda"), where)
+    return host_bytes(predict, policy, Workload(_PROMPT + _ANSWER, _ANSWER), spare=_SPARE) or 0
+
+
+def _layers_and_head(name: str) -> int:
+    """Bytes of the layers with the head."""
     from autoglm_lab.models.anatomy import anatomy, named_tensors
 
     model = outline(name, device="cuda").model
     tensors = dict(named_tensors(model))
     layers = {id(one) for layer in decoder_layers(model) for _, one in named_tensors(layer)}
-    counted = rest = 0
-    for spec in anatomy(model):
-        for tensor in (tensors[one] for one in spec.tensors if spec.name not in ("vision", "audio")):
-            if spec.name == "head" or id(tensor) in layers:
-                counted += tensor.nbytes
-            else:
-                rest += tensor.nbytes
-    return counted, rest
+    return sum(
+        tensors[one].nbytes
+        for spec in anatomy(model)
+        for one in spec.tensors
+        if spec.name not in ("vision", "audio") and (spec.name == "head" or id(tensors[one]) in layers)
+    )
 
 
 def _bus() -> float:

@@ -18,7 +18,8 @@ _SMALLEST = 0.02
 
 @dataclass(frozen=True)
 class HostPart:
-    """A part of a decoder's layer (its attention, its feed-forward) whose weights stay on the host.
+    """A part of a decoder's layer (its attention, its feed-forward, one product of an attention) whose weights stay on
+    the host.
 
     Attributes:
         path: in the model.
@@ -74,18 +75,21 @@ def host_parts(model: Any, saved: int) -> tuple[HostPart, ...]:
     """The parts to keep on the host so that the device holds at least ``saved`` bytes less, in the order of a forward.
 
     All that is chosen passes the bus for every token, so it is as little as possible: what is saved and the stages,
-    which are as large as the largest part chosen. Parts are spread evenly, for what the layers between them compute
-    hides some of the copies. Where the layers hold less than that, it is all of them. Works on the meta device.
+    which are as large as the largest part chosen; where the products of attentions are enough, their stages are the
+    smallest. Parts are spread evenly, for what the layers between them compute hides some of the copies. Where the
+    layers hold less than that, it is all of them. Works on the meta device.
     """
-    parts = _parts(model)
+    parts, products = _parts(model)
     if saved <= 0 or not parts:
         return ()
     choices = [
-        _chosen([part for part in parts if part.nbytes <= size], saved) for size in {one.nbytes for one in parts}
+        _chosen([part for part in some if part.nbytes <= size], saved)
+        for some in (parts, products)
+        for size in {one.nbytes for one in some}
     ]
     enough = [chosen for chosen in choices if saved_by(chosen) >= saved]
     best = min(enough, key=_total) if enough else max(choices, key=saved_by)
-    order = {part.path: number for number, part in enumerate(parts)}
+    order = {part.path: number for some in (parts, products) for number, part in enumerate(some)}
     return tuple(sorted(best, key=lambda part: order[part.path]))
 
 
@@ -125,17 +129,30 @@ def _spread(parts: list[HostPart], count: int) -> list[HostPart]:
     return [parts[index * len(parts) // count] for index in range(count)]
 
 
-def _parts(model: Any) -> list[HostPart]:
-    """Every part that may be kept on the host: the large children of the layers, less what they share with others."""
+def _parts(model: Any) -> tuple[list[HostPart], list[HostPart]]:
+    """Every part that may be kept on the host: the large children of the layers, and the large products of attentions,
+    all less what they share with others.
+
+    A feed-forward is not cut: a long prompt goes through it in slices, and each would bring its products anew.
+    """
     own = _Own(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    found = [
-        own.part(f"{paths[id(layer)]}.{step}", child)
+    children = [
+        (f"{paths[id(layer)]}.{step}", child)
         for layer in decoder_layers(model)
         for step, child in layer.named_children()
     ]
-    largest = max((part.nbytes for part in found), default=0)
-    return [part for part in found if part.nbytes > _SMALLEST * largest]
+    whole = [own.part(path, child) for path, child in children]
+    products = [
+        own.part(f"{path}.{step}", one)
+        for path, child in children
+        if type(child).__name__.endswith("Attention")
+        for step, one in child.named_children()
+        if isinstance(one, nn.Linear)
+    ]
+    smallest = _SMALLEST * max((part.nbytes for part in whole), default=0)
+    large, larger = ([part for part in some if part.nbytes > smallest] for some in (whole, products))
+    return large, larger
 
 
 def _embedding(model: Any) -> HostPart | None:
