@@ -58,7 +58,7 @@ def run(bench: Bench) -> Report:
 
 
 _NOTES = (
-    "Each load is a process of its own, with its CUDA context made before the clock starts, and a warm page cache.",
+    "Each load is a process of its own with a warm page cache; context and imports come before the clock starts.",
     "Seconds until the weights are on the device; 'until one can chat' is all of load() with the engine started.",
     "The limit is the slower of reading the files in as many threads, and of copying from pinned memory to the device.",
     "The host's peak is anonymous memory over what the process held before, read every 2 ms.",

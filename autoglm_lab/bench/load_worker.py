@@ -32,6 +32,7 @@ def ours(folder: Path, device: torch.device) -> Figures:
     from autoglm_lab.models.loading import resolve
     from autoglm_lab.opening import load
 
+    _import_model(folder)
     accelerator = open_accelerator(device)
 
     def bring() -> Residency:
@@ -51,11 +52,7 @@ def ours(folder: Path, device: torch.device) -> Figures:
 
 def stock(folder: Path, device: torch.device) -> Figures:
     """The same of ``from_pretrained``."""
-    import autoglm_lab.models.autoglm  # noqa: F401 - registers the architecture with transformers' Auto classes
-    from autoglm_lab.models.location import locate
-    from autoglm_lab.models.skeleton import model_class
-
-    cls = model_class(locate(folder).config)
+    cls = _import_model(folder)
 
     def bring() -> Any:
         return cls.from_pretrained(folder, dtype=torch.bfloat16, device_map=str(device), local_files_only=True)
@@ -63,6 +60,15 @@ def stock(folder: Path, device: torch.device) -> Figures:
     model, figures = _measured(bring, device)
     figures["device"] = _over(figures["device"], sum(parameter.nbytes for parameter in model.parameters()))
     return figures
+
+
+def _import_model(folder: Path) -> Any:
+    """The model's class, its code imported: neither side's clock has begun."""
+    import autoglm_lab.models.autoglm  # noqa: F401 - registers the architecture with transformers' Auto classes
+    from autoglm_lab.models.location import locate
+    from autoglm_lab.models.skeleton import model_class
+
+    return model_class(locate(folder).config)
 
 
 def limits(folder: Path, device: torch.device) -> Figures:
