@@ -40,7 +40,7 @@ class Accelerator:
         self.device = device
         self.kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
         self.budget: int | None = None
-        self._taken = 0
+        self._taken, self._unsure = 0, False
         self._slabs = self._moves = self._moving = 0
         self._lock = threading.Lock()
         self._machine: CudaMachine | HostMachine
@@ -95,6 +95,9 @@ class Accelerator:
             with self._lock:
                 self._moving -= 1
                 self._moves += 1
+                still = self._moving > 0
+            if self._unsure and not still and self.budget is not None:
+                self.set_budget(self.budget)
 
     def hold(self, nbytes: int) -> None:
         """Count bytes of weights and pages outside the allocator: mapped (positive) or given back (negative)."""
@@ -179,8 +182,11 @@ class Accelerator:
         checks between its steps. A budget below what is held takes nothing away: it refuses whatever comes next.
         """
         self.budget = nbytes
-        # What the driver took outside of every bracket has no name, but takes its part of a card all the same.
-        self._taken = max(self.context + self.grown.nbytes, self._driver_bytes() or 0)
+        # What the driver took outside of every bracket has no name, but takes its part of a card all the same. While
+        # slabs move it cannot be told: what it held before counts until they have.
+        driver = self._driver_bytes()
+        self._unsure = driver is None
+        self._taken = max(self.context + self.grown.nbytes, self._taken if driver is None else driver)
         self._apply_budget()
 
     def _apply_budget(self) -> None:

@@ -205,3 +205,26 @@ def test_a_budget_also_counts_what_the_driver_took_without_a_name(gpu: Accelerat
     card.driver += 200 * MiB
     gpu.set_budget(8 * GiB)
     assert card.cap == 8 * GiB - 800 * MiB
+
+
+def test_what_the_driver_took_while_slabs_moved_is_off_the_allocators_cap_once_they_have(
+    gpu: Accelerator, card: Card
+) -> None:
+    gpu.set_budget(8 * GiB)
+    with gpu.growth("kernels of prefill"):
+        card.driver += 80 * MiB
+        parking = gpu.moving()
+        parking.__enter__()
+    assert gpu.grown.parts == {}
+    parking.__exit__(None, None, None)
+    assert card.cap == gpu.headroom() == 8 * GiB - 680 * MiB
+
+
+def test_what_the_driver_took_stays_off_the_cap_while_it_cannot_be_told(gpu: Accelerator, card: Card) -> None:
+    card.driver += 80 * MiB
+    gpu.set_budget(8 * GiB)
+    with gpu.moving(), gpu.growth("first decode"):
+        pass
+    with gpu.moving():
+        gpu.set_budget(8 * GiB)
+        assert card.cap == 8 * GiB - 680 * MiB
