@@ -17,10 +17,14 @@ runner = CliRunner()
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    code = "from autoglm_lab.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": str(Path(lab.__file__).parents[1])}
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, env=environment, check=False
+        [sys.executable, "-m", "autoglm_lab", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        check=False,
     )
 
 
