@@ -381,8 +381,7 @@ def _mark_encoding(residency: Residency, state: EngineState) -> list[Any]:
 
 
 def _capabilities(resolved: Resolved, residency: Residency, accelerator: Any) -> Capabilities:
-    modalities = ["text"]
-    modalities += ["image"] * ("vision" in residency) + ["audio"] * ("audio" in residency)
+    modalities = ["text", *["image"] * ("vision" in residency), *["audio"] * ("audio" in residency)]
     tokenizer = getattr(resolved.processor, "tokenizer", resolved.processor)
     template = str(getattr(resolved.processor, "chat_template", "") or getattr(tokenizer, "chat_template", ""))
     return Capabilities(

@@ -190,7 +190,7 @@ class Planner:
         rows = own if steps.form is None else self._kv_rows(policy, written)
         rows = [*taken, *rows, *_encoder_rows(min(work.features, policy.kv.encoder_bytes))]
         graphs = self._graph_rows(policy, steps, work)
-        rows += [*graphs, *_work(_less_left(work.decode, sum(row.nbytes for row in graphs if row.name == _STAGES)))]
+        rows += [*graphs, *_work(work.decode.less_left(sum(row.nbytes for row in graphs if row.name == _STAGES)))]
         rows += [
             PlanRow(name, "weights", weights.slabs[name], "goes where memory is short, or when its time is over", True)
             for name in needed
@@ -388,11 +388,6 @@ def _residency(policy: MemoryPolicy, name: str) -> str:
 
 def _encoder_rows(nbytes: int) -> list[PlanRow]:
     return [PlanRow("encoder outputs", "owner", nbytes, "what the encoders gave for the images and sounds")]
-
-
-def _less_left(peak: Peak, nbytes: int) -> Peak:
-    """Where so many bytes come out of what the allocator has left."""
-    return replace(peak, left=max(0, peak.left - nbytes))
 
 
 def _work(peak: Peak) -> list[PlanRow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autoglm_lab.memory.kv.page_format import PageFormat
 
@@ -28,6 +28,10 @@ class Peak:
     @property
     def cached(self) -> int:
         return max(0, self.reserved - self.allocated)
+
+    def less_left(self, nbytes: int) -> Peak:
+        """Where so many bytes come out of what is left."""
+        return replace(self, left=max(0, self.left - nbytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,14 @@ from autoglm_lab.models.placement import STAGES, HostPart, host_parts, host_shar
 IDS = torch.arange(7)[None]
 
 
-def llama(layers: int = 6) -> LlamaForCausalLM:
+def llama(layers: int = 6, kv_heads: int = 2) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         vocab_size=64,
     )
     return LlamaForCausalLM(config).eval()
@@ -68,15 +68,19 @@ def test_what_is_saved_costs_as_few_bytes_on_the_bus_as_can_be():
         assert saved <= saved_by(parts) == passing - stage_bytes(parts)
         smallest = min(part.nbytes for part in everything)
         assert passing <= saved + stage_bytes(parts) + smallest
-    assert kinds(host_parts(model, 20 * KIB)) == {"self_attn"}
     assert "mlp" in kinds(host_parts(model, 600 * KIB))
 
 
+def test_products_of_attentions_are_enough_for_little_and_need_the_smallest_stages():
+    parts = host_parts(llama(40), 20 * KIB)
+    assert kinds(parts) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert stage_bytes(parts) == 2 * 4 * KIB
+    assert sum(part.nbytes for part in parts) == 28 * KIB
+
+
 def test_parts_on_the_host_are_spread_evenly_and_in_the_order_of_a_forward():
-    model = llama(40)
-    (attention,) = {part.nbytes for part in host_parts(model, 1)}
-    parts = host_parts(model, 8 * attention)
-    assert [part.path for part in parts] == [f"model.layers.{4 * number}.self_attn" for number in range(10)]
+    parts = host_parts(llama(40, kv_heads=4), 8 * 4 * KIB)
+    assert [part.path for part in parts] == [f"model.layers.{4 * number}.self_attn.q_proj" for number in range(10)]
 
 
 def test_the_device_holds_two_stages_whatever_is_on_the_host():

@@ -227,6 +227,23 @@ def test_encoders_come_back_after_what_training_left_is_given_back(wb: lab.Workb
     assert kinds[0] == "reclaimed"
 
 
+def test_what_the_first_step_left_is_given_back_once_the_optimiser_has_its_states(
+    wb: lab.Workbench, data: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[frozenset[str]] = []
+    give_back = wb.engine.state.accelerator.give_back
+
+    def told() -> int:
+        given.append(frozenset(row.name for row in wb.memory.rows if row.nbytes))
+        return give_back()
+
+    monkeypatch.setattr(wb.engine.state.accelerator, "give_back", told)
+    wb.finetune(data, steps=3, **SMALL).result(WAIT)
+    during = [rows for rows in given if "optimiser states" in rows]
+    assert len(during) == 1
+    assert "gradients" not in during[0]
+
+
 def test_bad_lines_and_too_long_dialogues_are_named_and_left_out(wb: lab.Workbench) -> None:
     good = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     long = {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "Hello!"}]}
