@@ -74,8 +74,8 @@ def test_what_is_saved_costs_as_few_bytes_on_the_bus_as_can_be():
 def test_products_of_attentions_are_enough_for_little_and_need_the_smallest_stages():
     parts = host_parts(llama(40), 20 * KIB)
     assert kinds(parts) <= {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert stage_bytes(parts) == 2 * 4 * KIB
-    assert sum(part.nbytes for part in parts) == 28 * KIB
+    assert stage_bytes(parts) == 2 * 2 * KIB
+    assert sum(part.nbytes for part in parts) == 24 * KIB
 
 
 def test_parts_on_the_host_are_spread_evenly_and_in_the_order_of_a_forward():
