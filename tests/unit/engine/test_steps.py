@@ -96,6 +96,15 @@ def test_chunks_equal_one_reading(llama: Any, chunk: int) -> None:
     assert state.ids == list(prompt.ids)
 
 
+@pytest.mark.parametrize("length", [40, 276, 700])
+def test_a_long_prompt_behind_a_kept_prefix_equals_one_reading(llama: Any, length: int) -> None:
+    stepper, state = Stepper(llama), KvState(pool_for(llama))
+    prompt = Prompt(tokens(length), None, ())
+    stepper.prefill(state, Prompt(prompt.ids[:20], None, ()), 0)
+    logits = stepper.prefill(state, prompt, state.begin(prompt))
+    torch.testing.assert_close(logits, stock(llama, prompt), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [4, 9, 1000])
 def test_an_image_may_be_cut_by_chunks(glm4v: Any, chunk: int) -> None:
     prompt = pictured(7, 12)
