@@ -30,8 +30,20 @@ RANKS: tuple[tuple[set[str], bool], ...] = (
     ({"engine_bench", "remote_workbench", "workbench"}, True),
     ({"opening", "serving", "spreading"}, True),
     ({"bench"}, True),
-    ({"cli", "demo", "doctor", "finetune_command", "gpus", "magic", "scale_out_command", "serve_command"}, True),
-    ({"__main__"}, False),
+    (
+        {
+            "__main__",
+            "cli",
+            "demo",
+            "doctor",
+            "finetune_command",
+            "gpus",
+            "magic",
+            "scale_out_command",
+            "serve_command",
+        },
+        True,
+    ),
 )
 
 
