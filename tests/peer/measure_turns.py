@@ -1,7 +1,8 @@
 """`autoglm-lab bench serve` beside every server that `make peers` made: ``python -m tests.peer.measure_turns``.
 
 They run at the same time, each on every core, and idle while another one is asked. Ours and transformers compute in
-float32, as the model is stored; vLLM rounds it to bfloat16 and llama.cpp reads it in 4 bits.
+float32, as the model is stored; vLLM rounds it to bfloat16, and so does a second one of ours; llama.cpp reads it in 4
+bits.
 """
 
 from __future__ import annotations

@@ -68,6 +68,13 @@ def test_a_warm_turn_is_judged_beside_vllm() -> None:
         assert (held.bar, held.meets, held.peers) == ("<= 0.1 x cold", True, {"vLLM": 0.2, "llama.cpp": 0.25})
 
 
+def test_a_warm_turn_in_vllms_precision_is_judged_where_it_was_measured() -> None:
+    for rounded, met in (([0.19], True), ([0.21], False)):
+        vllm, ours = ({"cold": [1.0], "warm": warm, "held": [0.2]} for warm in ([0.2], rounded))
+        _, warm, _ = turn_figures(SECONDS, {"vLLM": vllm, "ours in bfloat16": ours})
+        assert (warm.bar, warm.meets) == ("<= 0.1 x cold, in bfloat16 <= vLLM", met)
+
+
 def test_a_warm_turn_without_vllm_is_judged_beside_a_cold_one() -> None:
     for seconds, met in ((SECONDS, True), (SECONDS | {"warm": [0.31]}, False)):
         _, warm, _ = turn_figures(seconds, {"llama.cpp": SECONDS})
