@@ -1,9 +1,8 @@
-"""The same forward in less memory, fewer kernels and less time, for our steps alone.
+"""The same forward in less memory and fewer kernels, for our steps alone.
 
 Feed-forward layers look at each token by itself, so a long chunk goes through them in slices: their inner width is
-what a prefill's peak is made of. On a GPU root-mean-square norms are one kernel instead of eight. On a CPU oneDNN
-multiplies by float32 weights. All are tried out on numbers before they stand in for a module, and only where its
-result is the same.
+what a prefill's peak is made of. Root-mean-square norms are one kernel instead of eight. Both are tried out on numbers
+before they stand in for a module, and only where its result is the same.
 """
 
 from __future__ import annotations
@@ -16,16 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoglm_lab.models.lean_layers import decoder_of, feed_forwards, norm_of, rms_norms
+from autoglm_lab.models.lean_layers import feed_forwards, norm_of, rms_norms
 from autoglm_lab.models.quantized_linear import QuantizedLinear
 from autoglm_lab.schedule import FEED_FORWARD_TOKENS as SLICE
-
-_ROWS = 8
-"""Tokens from which oneDNN is the faster one."""
-_WIDEST = 32 << 20
-"""Bytes of the largest weight that it multiplies by: it lays a copy of it out anew each time."""
-_NARROWEST = 256
-"""Outputs below which that takes longer than it saves."""
 
 
 class LeanForward:
@@ -36,7 +28,6 @@ class LeanForward:
         self._on_cuda = device.type == "cuda"
         self._modules = feed_forwards(model)
         self._norms = rms_norms(model) if self._on_cuda and _has_triton() else []
-        self._linear = _float32_layers(model) if device.type == "cpu" and torch.backends.mkldnn.is_available() else []
         self._forwards: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] | None = None
 
     @property
@@ -85,8 +76,7 @@ class LeanForward:
         """What may stand in: one module of each class and size is tried for all of them."""
         verdicts: dict[Any, bool] = {}
         found = []
-        kinds = ((self._modules, _sliced, SLICE + 3), (self._norms, _fused, 3), (self._linear, _by_onednn, _ROWS + 1))
-        for modules, make, tokens in kinds:
+        for modules, make in ((self._modules, _sliced), (self._norms, _fused)):
             for module in modules:
                 if "forward" in module.__dict__:  # someone else's stand-in: a hook of accelerate's, an adapter
                     continue
@@ -96,7 +86,7 @@ class LeanForward:
                 forward = make(module)
                 kind = type(module), width
                 if kind not in verdicts:
-                    verdicts[kind] = _same(module, forward, tokens, width)
+                    verdicts[kind] = _same(module, forward, width)
                 if verdicts[kind]:
                     found.append((module, forward))
         if self._modules and self._on_cuda:
@@ -138,34 +128,12 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _float32_layers(model: Any) -> list[nn.Module]:
-    return [
-        module
-        for module in decoder_of(model).modules()
-        if type(module) is nn.Linear
-        and module.weight.dtype == torch.float32
-        and module.weight.nbytes <= _WIDEST
-        and module.out_features >= _NARROWEST
-    ]
-
-
-def _by_onednn(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    forward = type(module).forward.__get__(module)
-    linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - functional.linear takes MKL for float32
-
-    def run(hidden: Tensor) -> Tensor:
-        if hidden.numel() < _ROWS * hidden.shape[-1]:
-            return forward(hidden)  # type: ignore[no-any-return]
-        return linear(hidden, module.weight, module.bias, "none", [], "")  # type: ignore[no-any-return]
-
-    return run
-
-
 @torch.no_grad()
-def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], tokens: int, width: int) -> bool:
+def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], width: int) -> bool:
     """Whether both give the same for made-up numbers, to the rounding of their dtype."""
     parameter = _computes_in(module)
     generator = torch.Generator(device=parameter.device).manual_seed(0)
+    tokens = SLICE + 3 if isinstance(next(module.children(), None), nn.Linear) else 3
     given = torch.randn(1, tokens, width, generator=generator, device=parameter.device).to(parameter.dtype)
     try:
         expected, result = module(given), forward(given)
@@ -173,9 +141,7 @@ def _same(module: nn.Module, forward: Callable[[Tensor], Tensor], tokens: int, w
         return False
     if expected.shape != result.shape or expected.dtype != result.dtype:
         return False
-    # Sums of as many products in another order, not of slices of them.
-    steps = max(4.0, width**0.5) if type(module) is nn.Linear else 4.0
-    rounding = steps * torch.finfo(parameter.dtype).eps
+    rounding = 4 * torch.finfo(parameter.dtype).eps
     difference = (expected.float() - result.float()).abs().max()
     return bool(difference <= rounding * expected.float().abs().max())
 
