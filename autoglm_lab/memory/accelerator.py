@@ -96,8 +96,8 @@ class Accelerator:
                 self._moving -= 1
                 self._moves += 1
                 still = self._moving > 0
-            if self._unsure and not still and self.budget is not None:
-                self.set_budget(self.budget)
+            if self._unsure and not still:
+                self._count_driver()
 
     def hold(self, nbytes: int) -> None:
         """Count bytes of weights and pages outside the allocator: mapped (positive) or given back (negative)."""
@@ -182,6 +182,10 @@ class Accelerator:
         checks between its steps. A budget below what is held takes nothing away: it refuses whatever comes next.
         """
         self.budget = nbytes
+        self._count_driver()
+
+    def _count_driver(self) -> None:
+        """Take what the driver holds for this process off the allocator's cap. From any thread."""
         # What the driver took outside of every bracket has no name, but takes its part of a card all the same. While
         # slabs move it cannot be told: what it held before counts until they have.
         driver = self._driver_bytes()
