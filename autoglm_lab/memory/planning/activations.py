@@ -11,7 +11,7 @@ from typing import Any
 from autoglm_lab.memory.kv.page_format import PageFormat
 from autoglm_lab.memory.planning.allocator_model import AllocatorModel, Held
 from autoglm_lab.memory.planning.encoder_tapes import EncoderTapes, Encoding, Medium, MediumInputs, blank
-from autoglm_lab.memory.planning.layered_tape import least_layers
+from autoglm_lab.memory.planning.layered_tape import LayeredTape, least_layers
 from autoglm_lab.memory.planning.step_work import Peak, Steps, UntracedError, Work
 from autoglm_lab.memory.planning.tape import Tape, TapeFamily
 from autoglm_lab.memory.planning.traced_model import Kind, TracedModel
@@ -56,7 +56,7 @@ class Activations:
             for medium in media:
                 found = self._encoding(medium, workload)
                 if found is not None:
-                    encoded += [found] * (workload.images if medium == "vision" else 1)
+                    encoded += [(medium, found)] * (workload.images if medium == "vision" else 1)
             return self._told(steps, encoded)
 
     def request(
@@ -75,15 +75,16 @@ class Activations:
             raise UntracedError
         try:
             self._before_trace = _refuse if before_trace is None else before_trace
-            found = (self._encoding(one.medium, one) for one in media)
-            return self._told(steps, [one for one in found if one is not None])
+            found = ((one.medium, self._encoding(one.medium, one)) for one in media)
+            return self._told(steps, [(medium, one) for medium, one in found if one is not None])
         finally:
             self._before_trace = _at_once
             self._lock.release()
 
-    def _told(self, steps: Steps, encoded: Sequence[Encoding]) -> Work:
+    def _told(self, steps: Steps, encoded: Sequence[tuple[Medium, Encoding]]) -> Work:
+        pictures = sum(nbytes for medium, (_, nbytes) in encoded if medium == "vision")
         try:
-            work = self._work(steps, encoded)
+            work = self._work(steps, [one for _, one in encoded], pictures)
         except UntracedError:
             raise
         except Exception as error:  # noqa: BLE001 - any model's own code runs here
@@ -91,7 +92,7 @@ class Activations:
             work = Work(None, Peak(0, 0), Peak(0, 0))
         return work if self._kind == "cuda" else _uncached(work)
 
-    def _work(self, steps: Steps, encoded: Sequence[Encoding]) -> Work:
+    def _work(self, steps: Steps, encoded: Sequence[Encoding], pictures: int) -> Work:
         allocator, features, encode = AllocatorModel(), 0, None
         for tape, nbytes in encoded:
             allocator.play(tape)  # what it keeps, its output, stays in the model of the allocator
@@ -99,7 +100,7 @@ class Activations:
         if encoded:
             encode = Peak(allocator.peak_allocated, allocator.reserved)
         if steps.form is None:
-            return self._own(steps, encoded, encode, features)
+            return self._own(steps, encoded, encode, features, pictures)
         before = allocator.reserved
         alone = self._read(steps, features, AllocatorModel())
         after = self._read(steps, 0, allocator)
@@ -235,14 +236,16 @@ class Activations:
 
     # models whose cache cannot be paged
 
-    def _own(self, steps: Steps, encoded: Sequence[Encoding], encode: Peak | None, features: int) -> Work:
+    def _own(
+        self, steps: Steps, encoded: Sequence[Encoding], encode: Peak | None, features: int, pictures: int
+    ) -> Work:
         chunks = tuple(self._chunks(steps))
         if len(chunks) > _MOST_WHOLE:
             chunks = tuple(_telling(list(chunks)))
         # Every step writes the cache anew, a little longer: the second one finds blocks free that do not hold it.
         written = sorted({steps.prompt, steps.kept - 1})
         last = (*chunks, *((before, before + 1) for before in written if before >= steps.prompt))
-        rows = features // (self._outline.dtype.itemsize * int(self._config.get_text_config().hidden_size))
+        rows = pictures // (self._outline.dtype.itemsize * int(self._config.get_text_config().hidden_size))
         alone, kept = self._owning(last, rows)
         after, _ = self._owning(last, rows, tuple(tape for tape, _ in encoded)) if encoded else (alone, kept)
         left = max(0, after.reserved - features - alone.reserved)
@@ -255,7 +258,7 @@ class Activations:
         """The peak of reading ``chunks`` into transformers' own cache, less the cache; and the cache's bytes.
 
         Args:
-            rows: how many of the first tokens stand for what was encoded.
+            rows: how many of the first tokens stand for images.
             before: what was encoded, and stays.
         """
         key = chunks, rows, before
@@ -284,9 +287,9 @@ class Activations:
             few = self._model_of(least_layers(depth, self._period))
             with contextlib.suppress(ValueError):
                 key = "whole", chunks, rows
-                return [self._tape(key, lambda: few.whole(spans, rows).deepened(depth, self._period))]
+                return [self._tape(key, lambda: _whole(few, spans, rows).deepened(depth, self._period))]
         return [
-            self._tape(("whole", chunks, rows, traced.layers), lambda traced=traced: traced.whole(spans, rows).tape)  # type: ignore[misc]
+            self._tape(("whole", chunks, rows, traced.layers), lambda traced=traced: _whole(traced, spans, rows).tape)  # type: ignore[misc]
             for traced in (self._traced, self._deeper)
         ]
 
@@ -339,6 +342,16 @@ def _telling(chunks: list[tuple[int, int]]) -> list[tuple[int, int]]:
     told = [*chunks[:2], chunks[-1]]
     longest = max(chunks[2:-1], key=_length)
     return sorted([*told, longest]) if _length(longest) > max(map(_length, chunks[:2])) else told
+
+
+def _whole(traced: TracedModel, spans: Sequence[tuple[int, int]], rows: int) -> LayeredTape:
+    """With images among the tokens, or as text alone where the model takes them in another way."""
+    try:
+        return traced.whole(spans, rows)
+    except Exception:
+        if not rows:
+            raise
+        return traced.whole(spans)
 
 
 def _length(chunk: tuple[int, int]) -> int:

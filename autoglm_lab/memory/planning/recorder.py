@@ -134,7 +134,8 @@ class DeviceKernels(TorchFunctionMode):
     """Attention and convolutions as the device would compute them: what they allocate, no numbers.
 
     Attention on CUDA: half precision without a mask is FlashAttention; the rest, where keys have as many heads as
-    queries, is cuDNN's kernel; what is left is written out as matrices. On a CPU it is the flash kernel of torch.
+    queries, is cuDNN's kernel in half precision and the memory-efficient one in float32; what is left is written out as
+    matrices. On a CPU it is the flash kernel of torch.
     Convolutions on CUDA in half precision: cuDNN brings input and weight into the order of its tensor cores, where
     their channels fill these, and the result back where it is more than one place. Norms of layers read a copy of what
     is not contiguous.
@@ -149,7 +150,7 @@ class DeviceKernels(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and isinstance(args[0], FakeTensor):
             return self._attend(*args, **kwargs)
         copied = None
-        if func is functional.layer_norm and self._kind == "cuda" and isinstance(args[0], FakeTensor):
+        if func is functional.layer_norm and self._kind == "cuda" and args and isinstance(args[0], FakeTensor):
             copied = args[0].contiguous()
         result = func(*args, **kwargs)
         del copied
@@ -169,13 +170,14 @@ class DeviceKernels(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         del dropout_p, is_causal, scale
-        fits = query.shape[-1] <= 256
-        if self._kind == "cuda" and attn_mask is None and fits and query.dtype in (torch.float16, torch.bfloat16):
+        fits, half = query.shape[-1] <= 256, query.dtype in (torch.float16, torch.bfloat16)
+        if self._kind == "cuda" and attn_mask is None and fits and half:
             return flash(query, value)
         grouped = query.shape[1] != key.shape[1]
         if self._kind == "cpu" or not grouped:
             bias = _bias(attn_mask, query)
-            made = flash(query, value) if self._kind == "cpu" else _as_query(query, value)
+            laid_out = flash if self._kind == "cpu" else _as_query if half else _by_token
+            made = laid_out(query, value)
             del bias
             return made
         if enable_gqa:

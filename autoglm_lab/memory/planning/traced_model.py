@@ -152,8 +152,9 @@ class TracedModel:
             arguments["logits_to_keep"] = 1
         ids = torch.zeros((batch, new), dtype=torch.long)
         merging: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if pictured and "mm_encoder_outputs" in self._accepted:
-            ids[:, :pictured] = int(self._model.config.image_token_id)
+        image = getattr(self._model.config, "image_token_id", None)
+        if pictured and image is not None and "mm_encoder_outputs" in self._accepted:
+            ids[:, :pictured] = int(image)
             arguments |= self._pictures(pictured, before, new)
             merging = RowMerge()
         cache, over_pages = self._cache(form, batch, before, new)
