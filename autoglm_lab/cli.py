@@ -18,7 +18,6 @@ from autoglm_lab.bench.command import bench
 from autoglm_lab.errors import LabError
 from autoglm_lab.finetune_command import finetune
 from autoglm_lab.serve_command import serve
-from autoglm_lab.thread_waits import wait_briefly
 
 app = typer.Typer(
     name="autoglm-lab",
@@ -34,7 +33,6 @@ app.command()(finetune)
 
 def main() -> None:
     """Run the command. What the package raises on purpose becomes one line and exit code 1, without a traceback."""
-    wait_briefly()
     try:
         app()
     except LabError as error:

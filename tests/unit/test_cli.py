@@ -33,19 +33,6 @@ def test_version() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"autoglm-lab {lab.__version__}")
 
 
-@pytest.mark.parametrize(
-    ("given", "then"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
-)
-def test_threads_wait_briefly_unless_the_environment_says_how(
-    given: dict[str, str], then: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[str | None] = []
-    monkeypatch.setattr(cli, "app", lambda: told.append(os.environ.get("GOMP_SPINCOUNT")))
-    monkeypatch.setattr(os, "environ", dict(given))
-    cli.main()
-    assert told == [then]
-
-
 def test_the_help_lists_the_commands() -> None:
     text = runner.invoke(cli.app, ["--help"]).output
     assert all(name in text for name in ("lab", "demo", "plan", "bench", "doctor"))

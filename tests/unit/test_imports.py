@@ -21,7 +21,7 @@ HEAVY = {"torch", "transformers", "plotly", "jupyterlab", "IPython", "ipykernel"
 
 # A name may import from the rows above its own. In the rows that say so, also from its own row.
 RANKS: tuple[tuple[set[str], bool], ...] = (
-    ({"units", "errors", "policy", "progress", "schedule", "costs", "samples", "thread_waits"}, True),
+    ({"units", "errors", "policy", "progress", "schedule", "costs", "samples"}, True),
     ({"models"}, True),
     ({"memory"}, True),
     ({"engine"}, True),

@@ -60,7 +60,7 @@ def _encoder_configs(model: nn.Module) -> set[type[PreTrainedConfig]]:
 @contextlib.contextmanager
 def paged(configs: tuple[PreTrainedConfig, ...], cache: PagedCache | GraphCache) -> Iterator[None]:
     """Let the layers with these configurations read ``cache`` by pages, in this thread."""
-    _here.cache, _here.seen = cache, None
+    _here.cache = cache
     for config in configs:
         config._attn_implementation_internal = NAME  # noqa: SLF001 - the setter would also change the encoders'
     try:
@@ -68,7 +68,7 @@ def paged(configs: tuple[PreTrainedConfig, ...], cache: PagedCache | GraphCache)
     finally:
         for config in configs:
             config._attn_implementation_internal = "sdpa"  # noqa: SLF001
-        _here.cache = _here.seen = None
+        _here.cache = None
 
 
 def _attend(
@@ -99,10 +99,10 @@ def _attend(
         return _flash_attention(query, keys, values, scale), None
     if plain and new == 1 and isinstance(cache, PagedCache):
         attention_mask = cache.mask(query.dtype, additive=False)
-    elif plain and longest > new and cache.on_cpu:
-        return _by_rows(query, keys, values, _last_of_all(query, min(new, cache.at_once), longest), scale), None
     elif plain and longest > new:
         attention_mask = _last_rows(new, longest, query.device)
+        if cache.on_cpu:
+            return _grouped(query, keys, values, attention_mask, scale), None
     return sdpa_attention_forward(module, query, keys, values, attention_mask, 0.0, scaling, **kwargs)
 
 
@@ -123,42 +123,16 @@ def _flash_attention(query: Tensor, keys: Tensor, values: Tensor, scale: float) 
     return attended.transpose(1, 2)
 
 
-def _by_rows(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """What sdpa gives, on a CPU: some rows at a time, so that none looks at keys that all of them must not see.
-
-    Keys and values are not copied for every head of a group, which a CPU's kernel needs not.
-
-    Args:
-        mask: of the last rows, ``[rows, longest]``; of those before, it is the same but for the columns at its left.
-    """
-    new, longest, rows = query.shape[2], keys.shape[2], mask.shape[0]
-    result = torch.empty_like(query.transpose(1, 2))
-    for start in range(0, new, rows):
-        end = min(start + rows, new)
-        seen = longest - new + end
-        result[:, start:end] = functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            keys[:, :, :seen],
-            values[:, :, :seen],
-            mask[rows - (end - start) :, longest - seen :],
-            scale=scale,
-            enable_gqa=True,
-        ).transpose(1, 2)
-    return result
+def _grouped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """What sdpa gives, without copies of keys and values for every head of a group, which a CPU's kernel needs not."""
+    attended = functional.scaled_dot_product_attention(query, keys, values, mask, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2)
 
 
 def _last_rows(new: int, longest: int, device: torch.device) -> Tensor:
     """What each of the last ``new`` of ``longest`` tokens may see: ``bool [1, 1, new, longest]``."""
     rows = torch.arange(longest - new, longest, device=device)
     return (torch.arange(longest, device=device)[None] <= rows[:, None])[None, None]
-
-
-def _last_of_all(query: Tensor, rows: int, longest: int) -> Tensor:
-    """What each of the last ``rows`` tokens may see, to be added to scores: ``[rows, longest]``; made once a step."""
-    if _here.seen is None:
-        _here.seen = query.new_full((rows, longest), float("-inf")).triu_(longest - rows + 1)
-    seen: Tensor = _here.seen
-    return seen
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

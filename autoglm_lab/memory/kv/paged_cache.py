@@ -17,8 +17,6 @@ from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS
 from autoglm_lab.memory.kv.paged_sequence import PagedSequence
 
-_AT_ONCE = 256
-
 
 @dataclass(frozen=True)
 class _Reads:
@@ -54,12 +52,7 @@ class PagedCache(Cache):
     Args:
         sequences: pages for the new tokens are taken; `OutOfMemoryError` is raised where there are none.
         gathers: the model's own attention reads what `update` returns.
-
-    Attributes:
-        at_once: most new tokens that a CPU lets look at their keys together: those of a planned step all do.
     """
-
-    at_once = 1 << 60
 
     def __init__(self, sequences: Sequence[PagedSequence], new_tokens: int, *, gathers: bool = True) -> None:
         pool = sequences[0].pool
@@ -85,7 +78,6 @@ class PagedCache(Cache):
             for share in pool.shares
         }
         self._latest: tuple[int, Tensor, Tensor] | None = None
-        self.at_once = _AT_ONCE
         super().__init__(layers=[PagedLayer(self, index) for index in range(pool.form.layers)])
 
     @property
