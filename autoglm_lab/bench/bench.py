@@ -17,6 +17,7 @@ import torch
 
 from autoglm_lab.bench.report import Figure, Report
 from autoglm_lab.errors import LabError
+from autoglm_lab.memory.planning.cards import find_card
 from autoglm_lab.opening import load
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.workbench import Workbench
@@ -26,6 +27,12 @@ def wanted(name: str, words: str | None) -> bool:
     """Whether a name holds one of ``words``, which commas separate; None: every name is wanted."""
     given = [word.strip() for word in (words or "").split(",") if word.strip()]
     return not given or any(word in name for word in given)
+
+
+def card_or_device(device: torch.device) -> str:
+    """The name under which a plan is made for ``device``: its card's where plans know it, else torch's own."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return card if find_card(card) is not None else str(device)
 
 
 class Bench:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoglm_lab.bench.bench import Bench
+from autoglm_lab.bench.bench import Bench, card_or_device
 from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.plan_worker import Watcher
 from autoglm_lab.bench.prompts import said, screen, text_for, user
@@ -20,7 +20,6 @@ from autoglm_lab.bench.stock import batch_of
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.accelerator import open_accelerator
-from autoglm_lab.memory.planning.cards import find_card
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.image_tokens import limit_image_tokens
 from autoglm_lab.models.loading import resolve
@@ -91,8 +90,7 @@ def _figures(bench: Bench, name: str, budget: int, ours: dict[str, Any], theirs:
 
 def _rounding(bench: Bench, budget: int) -> str | None:
     """The most bits of the weights with which no layer has to stay on the host; None: none has to, or none would do."""
-    card = torch.cuda.get_device_name(bench.device) if bench.cuda else ""
-    device = card if find_card(card) is not None else str(bench.device)
+    device = card_or_device(bench.device)
     work, model = workload(small=bench.small), _model(small=bench.small)
     for quantize in (None, "int8", "int4"):
         found = plan(

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from autoglm_lab.bench.bench import Bench
+from autoglm_lab.bench.bench import Bench, card_or_device
 from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.report import Figure, Report
-from autoglm_lab.memory.planning.cards import find_card
 from autoglm_lab.memory.planning.device_constants import plan_device
 from autoglm_lab.memory.planning.plan_search import host_bytes
 from autoglm_lab.memory.planning.planner import planner
@@ -146,8 +145,7 @@ def accelerated(budget: int | None, small: bool) -> dict[str, Any]:
 
 def _planned(name: str, policy: MemoryPolicy) -> int:
     """The fewest bytes that the text has to leave to the host, as planned for the card by its name."""
-    card = torch.cuda.get_device_name()
-    where = plan_device(card if find_card(card) is not None else "cuda:0", policy.budget, None)
+    where = plan_device(card_or_device(torch.device("cuda:0")), policy.budget, None)
     predict = planner(outline(name, device="cuda"), where)
     return host_bytes(predict, policy, Workload(_PROMPT + _ANSWER, _ANSWER), spare=_SPARE) or 0
 

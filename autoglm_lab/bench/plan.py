@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from autoglm_lab.bench import plan_rows
-from autoglm_lab.bench.bench import Bench
+from autoglm_lab.bench.bench import Bench, card_or_device
 from autoglm_lab.bench.fresh import fresh
 from autoglm_lab.bench.plan_models import made_up_processor, source
 from autoglm_lab.bench.plan_rows import PHONE, Setting
 from autoglm_lab.bench.report import Figure, Report
 from autoglm_lab.errors import LabError
-from autoglm_lab.memory.planning.cards import find_card
 from autoglm_lab.memory.planning.device_constants import PlanDevice, plan_device
 from autoglm_lab.memory.planning.plan import PhasePlan, Plan
 from autoglm_lab.memory.planning.plan_choice import choose
@@ -266,8 +265,7 @@ def estimate_memory(shapes: Outline) -> int | None:
 def _where(bench: Bench) -> PlanDevice:
     if not bench.cuda:
         return plan_device("cpu" if bench.small else "H200", None, None)
-    name = torch.cuda.get_device_name(bench.device)
-    return plan_device(name if find_card(name) is not None else str(bench.device), None, None)
+    return plan_device(card_or_device(bench.device), None, None)
 
 
 class _Room:
