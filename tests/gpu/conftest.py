@@ -30,3 +30,9 @@ def accelerator() -> Iterator[Accelerator]:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda", 0)
+
+
+def free() -> int:
+    """Bytes of the device that are free once it has done what it was given."""
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0])

@@ -1,19 +1,17 @@
 from __future__ import annotations
 
 import gc
-import resource
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from autoglm_lab.errors import LoadError, ModuleError, ModuleOffError, OutOfMemoryError
+from autoglm_lab.errors import ModuleError, OutOfMemoryError
 from autoglm_lab.memory.accelerator import Accelerator, open_accelerator
 from autoglm_lab.memory.events import Event
 from autoglm_lab.memory.ledger import LedgerBook
-from autoglm_lab.memory.residency.residency import Residency, in_memory
+from autoglm_lab.memory.residency.residency import Residency
 from autoglm_lab.models.loading import adopt, resolve
 from autoglm_lab.models.skeleton import model_class
 from autoglm_lab.policy import MemoryPolicy
@@ -84,27 +82,11 @@ def test_waking_in_inference_mode_leaves_ordinary_parameters(loaded: Residency) 
     assert loaded.model.lm_head.weight.grad is not None
 
 
-def test_a_forward_of_a_module_that_is_off_is_refused(loaded: Residency) -> None:
-    loaded.apply(MemoryPolicy(modules={"text": "off"}))
-    with pytest.raises(ModuleOffError, match=r"set modules\.text\.residency to 'keep' or 'on-demand'"):
-        loaded.model(input_ids=IDS)
-    assert loaded["text"].place == "disk"
-    loaded.apply(MemoryPolicy())
-    assert loaded["text"].place == "device"
-    loaded["text"].park()  # the refused forward is not taken for one that still runs
-
-
 def test_saving_a_model_wakes_its_parked_weights(loaded: Residency, tmp_path: Path) -> None:
     expected = {name: value.clone() for name, value in loaded.model.state_dict().items()}
     loaded["text"].park()
     saved = loaded.model.state_dict()
     assert all(torch.equal(saved[name], value) for name, value in expected.items())
-
-
-def test_weights_of_files_are_not_written_again(loaded: Residency, events: list[Event]) -> None:
-    loaded["text"].park()
-    assert "spilled" not in [event.kind for event in events]
-    assert events[-1].why == "to disk"
 
 
 def test_changed_weights_are_kept_and_said_so(loaded: Residency, events: list[Event]) -> None:
@@ -171,67 +153,6 @@ def test_parking_twice_says_that_nothing_was_to_do(loaded: Residency, events: li
     assert events == []
 
 
-def test_a_full_disk_leaves_the_module_where_it_was(build: Build) -> None:
-    residency = build("dummy")
-    residency.materialise()
-    expected = logits(residency)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(ModuleError, match=r"cannot write 339\.2 KiB of weights to .*Make room there"):
-            residency["text"].park()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert residency["text"].place == "device"
-    assert torch.equal(logits(residency), expected)
-
-
-def test_closing_removes_what_was_written(build: Build, events: list[Event]) -> None:
-    residency = build("dummy")
-    residency.materialise()
-    residency["text"].park()
-    folder = Path(next(event.why for event in events if event.kind == "spilled").rsplit(" in ", 1)[1])
-    assert list(folder.iterdir())
-    residency.close()
-    residency.close()
-    assert not folder.exists()
-    with pytest.raises(ModuleError, match="load it again"):
-        residency["text"].wake()
-
-
-def test_a_file_that_vanished_leaves_the_module_parked(accelerator: Accelerator, tmp_path: Path) -> None:
-    config = llama()
-    model_class(config)(config).save_pretrained(tmp_path)
-    residency = Residency(resolve(tmp_path, device="cpu"), accelerator)
-    residency.materialise()
-    residency["text"].park()
-    held = accelerator.reading().slabs
-    (tmp_path / "model.safetensors").rename(tmp_path / "away")
-    with pytest.raises(LoadError, match=r"cannot read the weights in .*model\.safetensors"):
-        residency["text"].wake()
-    assert residency["text"].place == "disk"
-    assert accelerator.reading().slabs == held
-    (tmp_path / "away").rename(tmp_path / "model.safetensors")
-    residency["text"].wake()
-    residency.close()
-    assert accelerator.reading().slabs == 0
-
-
-def test_a_file_that_became_shorter_is_named_and_gives_the_memory_back(
-    accelerator: Accelerator, tmp_path: Path
-) -> None:
-    config = llama()
-    model_class(config)(config).save_pretrained(tmp_path)
-    residency = Residency(resolve(tmp_path, device="cpu"), accelerator)
-    data = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(LoadError, match=r"model\.safetensors became shorter"):
-        residency["text"].wake()
-    assert accelerator.reading().slabs == 0
-    assert next(iter(residency["text"].holdings())).place == "disk"
-    residency.close()
-
-
 def test_a_module_that_exceeds_the_budget_is_refused(build: Build, accelerator: Accelerator) -> None:
     residency = build()
     accelerator.set_budget(accelerator.context)
@@ -242,50 +163,6 @@ def test_a_module_that_exceeds_the_budget_is_refused(build: Build, accelerator: 
     assert all(module.place == "disk" for module in residency.values())
     accelerator.set_budget(None)
     residency.materialise()
-
-
-def test_only_what_the_policy_keeps_is_loaded(build: Build) -> None:
-    residency = build(policy=MemoryPolicy(modules={"vision": "on-demand", "projector": "off"}))
-    loaded = residency.materialise()
-    assert [(event.kind, event.subject) for event in loaded] == [("loaded", "text"), ("loaded", "head")]
-    assert (residency["vision"].place, residency["projector"].place) == ("disk", "disk")
-    assert [event.subject for event in residency.ensure(["vision", "text"], "an image")] == ["vision"]
-    with pytest.raises(ModuleOffError, match=r"needs the module 'projector' \(an image\)"):
-        residency.ensure(["vision", "projector"], "an image")
-
-
-def test_a_policy_that_cannot_be_obeyed_moves_nothing(loaded: Residency, accelerator: Accelerator) -> None:
-    before = loaded.policy
-    with pytest.raises(ModuleError, match="the device is the host"):
-        loaded.apply(MemoryPolicy(modules={"vision": "off", "text": {"residency": "on-demand", "park_to": "host"}}))
-    assert all(module.place == "device" for module in loaded.values())
-    loaded["text"].park()
-    accelerator.set_budget(accelerator.context)
-    with pytest.raises(OutOfMemoryError):
-        loaded.apply(MemoryPolicy(modules={"text": {"keep_alive": 5}}))
-    assert loaded.policy is before
-
-
-def test_what_was_parked_by_hand_stays_parked_when_something_else_changes(loaded: Residency) -> None:
-    loaded["vision"].park()
-    assert loaded.apply(loaded.policy.replace(kv={"max_tokens": 64}, modules={"text": {"keep_alive": 5}})) == []
-    assert loaded["vision"].place == "disk"
-    loaded.apply(loaded.policy.replace(modules={"vision": {"keep_alive": 5}}))
-    assert loaded["vision"].place == "device"
-
-
-def test_a_policy_for_another_model_is_refused_at_once(build: Build) -> None:
-    with pytest.raises(ModuleError, match="no module 'audio'"):
-        build(policy=MemoryPolicy(modules={"audio": "off"}))
-
-
-def test_a_temporary_folder_in_memory_is_recognised() -> None:
-    mounts = "/dev/sda / ext4 rw 0 0\ntmpfs /tmp tmpfs rw 0 0\n/dev/sdb /tmp/disk ext4 rw 0 0\n"
-    assert in_memory(Path("/tmp"), mounts)
-    assert in_memory(Path("/tmp/a/b"), mounts)
-    assert not in_memory(Path("/tmp/disk/a"), mounts)
-    assert not in_memory(Path("/var/tmp"), mounts)
-    assert not in_memory(Path("/tmpfiles"), mounts)
 
 
 def test_parking_and_waking_work_in_inference_mode(loaded: Residency) -> None:
@@ -300,27 +177,6 @@ def test_parking_and_waking_work_in_inference_mode(loaded: Residency) -> None:
     assert not any(parameter.is_inference() for parameter in loaded.model.parameters())
     loaded["head"].park()
     assert torch.equal(logits(loaded), expected)
-
-
-def test_idle_modules_on_demand_are_parked_and_others_stay(build: Build, events: list[Event]) -> None:
-    residency = build(policy=MemoryPolicy(modules={"vision": {"residency": "on-demand", "keep_alive": 5}}))
-    residency.materialise()
-    residency.ensure(["vision"], "an image")
-    now = time.time()
-    assert residency.tick(now + 1) == []
-    (event,) = residency.tick(now + 6)
-    assert (event.kind, event.subject, event.why) == ("parked", "vision", "idle for 5 s; to disk")
-    assert residency.tick(now + 60) == []
-    assert residency["text"].place == "device"
-
-
-def test_a_module_that_cannot_go_when_idle_is_noted_not_raised(loaded: Residency, events: list[Event]) -> None:
-    loaded.apply(MemoryPolicy(modules={"head": {"residency": "on-demand", "keep_alive": 0}}))
-    mine = loaded.model.lm_head.weight.detach()
-    (event,) = loaded.tick(time.time() + 1)
-    assert event.kind == "note"
-    assert "still views its weights" in event.why
-    assert mine.isfinite().all()
 
 
 def test_two_threads_may_move_the_same_module(loaded: Residency) -> None:
