@@ -10,17 +10,7 @@ import autoglm_lab as lab
 from autoglm_lab.models import quantized_products
 from autoglm_lab.models.weight_format import Quantized, WeightFormat
 from autoglm_lab.units import GiB, MiB
-
-SHAPES = [(4096, 4096), (27_392, 4096), (4096, 13_696), (256, 4096), (1000, 1536), (77, 96)]
-
-
-def packed_on(device: torch.device, form: WeightFormat) -> torch.Tensor:
-    generator = torch.Generator(device=device).manual_seed(0)
-    packed = torch.zeros(form.nbytes, dtype=torch.uint8, device=device)
-    for first in range(0, form.rows, 1024):
-        count = min(1024, form.rows - first)
-        form.write(packed, first, torch.randn(count, form.columns, generator=generator, device=device) * 0.02)
-    return packed
+from tests.gpu.packed_weights import SHAPES, packed_on
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
