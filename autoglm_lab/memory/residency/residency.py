@@ -33,6 +33,7 @@ from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.memory.residency.mover import Mover
 from autoglm_lab.memory.residency.pinned import PinnedBudget
 from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors, parted
+from autoglm_lab.models.collection import no_collection
 from autoglm_lab.models.loading import Resolved
 from autoglm_lab.models.placement import host_share
 from autoglm_lab.models.spread import Spread
@@ -54,6 +55,7 @@ class Residency(Mapping[str, ModuleResidency]):
         on_host: what of the text stays on the host for good; None: nothing.
     """
 
+    @no_collection()
     def __init__(
         self,
         resolved: Resolved,
@@ -118,6 +120,7 @@ class Residency(Mapping[str, ModuleResidency]):
         """Of each layer of the decoder, the number of its device; empty: there is one device."""
         return () if self._spread is None else self._spread.layers
 
+    @no_collection()
     def materialise(self, *, progress: bool | None = False) -> list[Event]:
         """Bring every module to the device that the policy keeps there; each reads only its own tensors.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from autoglm_lab.memory.residency.slab import HostSlab
 
 CHUNK = 16 << 20
-LANES = 8
+LANES = 12
 STAGED = CHUNK * LANES * 2
 """Most bytes of the host that all buffers take together."""
 
