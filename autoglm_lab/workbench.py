@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from autoglm_lab.engine.admission import Admission
 from autoglm_lab.engine.conversation import Conversations
 from autoglm_lab.engine.encoder import Encoder
+from autoglm_lab.engine.encoder_phase import mark_encoding
 from autoglm_lab.engine.local import LocalEngine
 from autoglm_lab.engine.messages import image_size
 from autoglm_lab.engine.overflow import check_overflow
@@ -134,7 +135,7 @@ class Workbench(EngineBench):
             state.admission = Admission(state, resolved.name, resolved.dtype)
         state.prepare_steps()
         state.limit_stores()
-        self._hooks = _mark_encoding(residency, state)
+        self._hooks = mark_encoding(residency, state)
         self.engine = LocalEngine(state, book, _capabilities(resolved, residency, accelerator))
         nbytes = sum(module.nbytes for module in residency.values() if module.place == "device")
         state.event("loaded", self.name, nbytes=nbytes, seconds=time.monotonic() - started)
@@ -353,31 +354,6 @@ def _let_go(state: EngineState) -> None:
     if state.ranks is not None:
         state.ranks.close()
     state.set_budget(None)
-
-
-def _mark_encoding(residency: Residency, state: EngineState) -> list[Any]:
-    """Let the engine know when a forward is inside an encoder, so that its peak is told apart from the prefill's.
-
-    Returns:
-        The hooks that do it.
-    """
-    hooks: list[Any] = []
-
-    def begin(*_: Any) -> None:
-        if state.phase == "prefill":
-            state.enter("encode", *state.peaks)
-
-    def end(*_: Any) -> None:
-        if state.phase == "encode":
-            state.enter("prefill", *state.peaks)
-
-    for spec in residency.specs:
-        if spec.name in ("vision", "audio"):
-            for root in spec.roots:
-                encoder = residency.model.get_submodule(root)
-                hooks.append(encoder.register_forward_pre_hook(begin))
-                hooks.append(encoder.register_forward_hook(end, always_call=True))
-    return hooks
 
 
 def _capabilities(resolved: Resolved, residency: Residency, accelerator: Any) -> Capabilities:

@@ -39,7 +39,8 @@ class Watcher:
         self.held = self.rest = self.weights = self.driver = self.process = 0
         self.hidden = False
         self._bench: Workbench | None = None
-        self._since: tuple[Watch, int] | None = None
+        self._since: Watch | None = None
+        self._driver = 0
         self.accelerator = accelerator
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -69,22 +70,22 @@ class Watcher:
         if bench is None:
             return
         held = after.reserved + after.slabs
-        most = self._most(held, after.slabs)
+        most = self._most(held)
         self.held, self.weights = max(self.held, most), max(self.weights, weights)
         self.rest = max(self.rest, most - weights)
         if process is not None:
-            self.driver = max(self.driver, process - held)
+            # The driver hands a block out before the allocator counts it: what is there in two samples is the driver's.
+            driver, self._driver = min(self._driver, process - held), process - held
+            self.driver = max(self.driver, driver)
 
-    def _most(self, held: int, slabs: int) -> int:
-        """The most that was held since the last sample; what is held now where slabs came or went meanwhile."""
+    def _most(self, held: int) -> int:
+        """The most that was held since the last sample."""
         if self.accelerator.kind != "cuda":
             return held
         marks, most = high_water(self.accelerator.device), held
         if self._since is not None:
-            watch, before = self._since
-            most = marks.close(watch, held).process or held
-            most = most if before == slabs else held
-        self._since = marks.open(), slabs
+            most = marks.close(self._since, held).process or held
+        self._since = marks.open()
         return most
 
     @staticmethod

@@ -17,13 +17,19 @@ import torch
 from autoglm_lab.errors import LabError
 from autoglm_lab.memory.cuda_machine import CudaMachine
 from autoglm_lab.memory.growth import DriverGrowth
+from autoglm_lab.memory.high_water import high_water
 from autoglm_lab.memory.host_machine import HostMachine
 from autoglm_lab.memory.ledger import Row
 from autoglm_lab.memory.reading import Counters, Reading
+from autoglm_lab.units import MiB
 
 __all__ = ["Accelerator", "Counters", "Reading", "open_accelerator"]
 
 _TRIES = 3
+_FIRST, _AGAIN = 16 * MiB, 4 * MiB
+"""Left of a budget while something is done for the first time, and later on: CUDA loads kernels when they are launched,
+and what they take can be counted only afterwards. A second image of the same size was seen to take 2 MiB more.
+"""
 
 
 class Accelerator:
@@ -41,6 +47,7 @@ class Accelerator:
         self.kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
         self.budget: int | None = None
         self._taken, self._unsure = 0, False
+        self._growing: list[int] = []
         self._slabs = self._moves = self._moving = 0
         self._lock = threading.Lock()
         self._machine: CudaMachine | HostMachine
@@ -97,13 +104,14 @@ class Accelerator:
                 self._moves += 1
                 still = self._moving > 0
             if self._unsure and not still:
-                self._count_driver()
+                self.count_driver()
 
     def hold(self, nbytes: int) -> None:
         """Count bytes of weights and pages outside the allocator: mapped (positive) or given back (negative)."""
         with self._lock:
             self._slabs += nbytes
             self._moves += 1
+        high_water(self.device).moved(nbytes)
         if self.budget is not None:
             self._apply_budget()
 
@@ -127,12 +135,16 @@ class Accelerator:
 
     @contextmanager
     def _grow(self, what: str, times: int | None) -> Iterator[None]:
+        left = _AGAIN if what in self.grown else _FIRST
         try:
+            self._growing.append(left)
+            if self.budget is not None:
+                self._apply_budget()
             with self.grown.during(what, times):
                 yield
         finally:
-            if self.budget is not None:
-                self.set_budget(self.budget)
+            self._growing.remove(left)
+            self.count_driver()
 
     def warm_up(self) -> None:
         """Let CUDA's libraries take what they need for this thread and its current stream, as rows of their own.
@@ -184,8 +196,12 @@ class Accelerator:
         self.budget = nbytes
         self._count_driver()
 
+    def count_driver(self) -> None:
+        """Take what the driver holds for this process off the allocator's cap, where there is one. From any thread."""
+        if self.budget is not None:
+            self._count_driver()
+
     def _count_driver(self) -> None:
-        """Take what the driver holds for this process off the allocator's cap. From any thread."""
         # What the driver took outside of every bracket has no name, but takes its part of a card all the same. While
         # slabs move it cannot be told: what it held before counts until they have.
         driver = self._driver_bytes()
@@ -195,7 +211,14 @@ class Accelerator:
 
     def _apply_budget(self) -> None:
         if isinstance(self._machine, CudaMachine):
-            self._machine.cap_allocator(None if self.budget is None else self.budget - self._slabs - self._taken)
+            left = max([*self._growing], default=0)
+            cap = None if self.budget is None else self.budget - self._slabs - self._taken - left
+            self._machine.cap_allocator(cap)
+
+    def empty_cache(self) -> None:
+        """Give back what torch's allocator holds in no tensor. Nothing on a CPU."""
+        if isinstance(self._machine, CudaMachine):
+            self._machine.trim()
 
     def give_back(self) -> int:
         """Return cached, unused memory to the system.

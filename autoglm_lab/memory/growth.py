@@ -35,6 +35,10 @@ class DriverGrowth:
         with self._lock:
             return {what: nbytes for what, nbytes in self._parts.items() if nbytes}
 
+    def __contains__(self, what: str) -> bool:
+        """Whether ``what`` was ever begun to be measured."""
+        return what in self._times
+
     def __str__(self) -> str:
         return ", ".join(f"{what} {format_bytes(nbytes)}" for what, nbytes in self.parts.items())
 

@@ -26,12 +26,14 @@ class Watch:
     Attributes:
         start: held when it was opened: in tensors on CUDA, anonymous on CPU.
         most: of that, at any time since.
-        most_reserved: by torch's allocator, at any time since; 0 on CPU.
+        reserved: the most by torch's allocator since slabs last came or went; 0 on CPU.
+        together: the most of what that and slabs held, up to then.
     """
 
     start: int
     most: int
-    most_reserved: int
+    reserved: int
+    together: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class HighWater:
         self._device = device
         self._lock = threading.Lock()
         self._watches: list[Watch] = []
+        self._slabs = 0
         self.available = device.type == "cuda" or self._reset()
 
     def open(self) -> Watch:
@@ -79,6 +82,20 @@ class HighWater:
             self._watches.append(watch)
             return watch
 
+    def moved(self, nbytes: int) -> None:
+        """Note memory outside torch's allocator that came (positive) or went: its peak and theirs are of one time."""
+        if self._device.type != "cuda":
+            return
+        with self._lock:
+            if self._watches:
+                marks = self._marks()
+                for watch in self._watches:
+                    _raise(watch, marks)
+                    watch.together = max(watch.together, watch.reserved + self._slabs)
+                    watch.reserved = marks.reserved
+                self._reset()
+            self._slabs += nbytes
+
     def close(self, watch: Watch, process: int | None) -> Peak:
         """The peak since ``watch`` was opened; it watches no longer.
 
@@ -89,10 +106,12 @@ class HighWater:
             marks = self._marks()
             _raise(watch, marks)
             self._watches = [other for other in self._watches if other is not watch]
+            now = marks.reserved + self._slabs
+            over = max(watch.together, watch.reserved + self._slabs) - now
         work = max(0, watch.most - watch.start)
         if self._device.type != "cuda":
             return Peak(watch.most, work)
-        return Peak(None if process is None else process + max(0, watch.most_reserved - marks.reserved), work)
+        return Peak(None if process is None else process + max(0, over), work)
 
     def _marks(self) -> _Marks:
         if self._device.type == "cuda":
@@ -124,4 +143,4 @@ def high_water(device: torch.device) -> HighWater:
 
 def _raise(watch: Watch, marks: _Marks) -> None:
     watch.most = max(watch.most, marks.most)
-    watch.most_reserved = max(watch.most_reserved, marks.most_reserved)
+    watch.reserved = max(watch.reserved, marks.most_reserved)

@@ -113,19 +113,24 @@ class KvPool:
         return sum(share.backed for share in self.shares)
 
     def take(self, count: int) -> list[int]:
-        """``count`` pages; those that are only kept as prefixes make room where there is none.
+        """``count`` pages. Where there is no room, what torch's allocator caches makes some, then those that are only
+        kept as prefixes.
 
         Raises:
             OutOfMemoryError: a device or the budget has no room; nothing was taken.
         """
         missing, wanted, had = self._missing(count)
         if count and missing > 0:
+            for share in self.shares:
+                share.accelerator.empty_cache()  # a few ms; what is only cached need not fail a turn
+            missing, wanted, had = self._missing(count)
+        if count and missing > 0:
             self.prefixes.free(missing * self.page_bytes)
             missing, wanted, had = self._missing(count)
         if count and (missing > 0 or count > self._pages - self.used_pages):
             raise OutOfMemoryError("KV cache", wanted, had)
         self.prefixes.before_writing()
-        taken: list[int] = []
+        taken, before = list[int](), self.backed
         try:
             for _ in range(count):
                 page = heapq.heappop(self._free) if self._free else self._fresh
@@ -137,6 +142,9 @@ class KvPool:
             heapq.heappush(self._free, taken.pop())
             self.put(taken)
             raise OutOfMemoryError("KV cache", wanted, had) from None
+        if self.backed > before:
+            for share in self.shares:
+                share.accelerator.count_driver()  # what maps the pages is the driver's own
         return taken
 
     def _missing(self, count: int) -> tuple[int, int, int]:

@@ -60,8 +60,9 @@ class PageShare:
         return len(self._users) * self._region.chunk
 
     def room(self, used: int) -> int:
-        """Bytes that further pages may take, with ``used`` pages in use."""
-        return self._free() + max(0, self.backed - used * self.stride)
+        """Bytes that further pages may take, with ``used`` pages in use: memory comes in whole chunks."""
+        chunk = self._region.chunk
+        return self._free() // chunk * chunk + max(0, self.backed - used * self.stride)
 
     def _free(self) -> int:
         return self.accelerator.headroom() if self.place == "device" else psutil.virtual_memory().available

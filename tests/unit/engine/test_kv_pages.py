@@ -18,6 +18,7 @@ from autoglm_lab.memory.accelerator import open_accelerator
 from autoglm_lab.memory.kv.kv_pool import KvPool
 from autoglm_lab.memory.kv.page_format import PAGE_TOKENS, PageFormat
 from autoglm_lab.policy import KvPolicy
+from autoglm_lab.units import MiB
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -232,6 +233,17 @@ def test_a_pool_over_the_budget_says_so_and_takes_nothing() -> None:
     with pytest.raises(lab.OutOfMemoryError, match=r"out of memory in KV cache: needed 64\.0 MiB"):
         KvState(pool).paged.reserve(2048)
     assert pool.used_pages == 0
+
+
+def test_what_torch_only_caches_makes_room_before_a_kept_prefix_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = open_accelerator("cpu")
+    pool = KvPool(PageFormat(layers=8, kv_heads=8, head_dim=64, dtype=torch.float32), accelerator)
+    room = [0]
+    monkeypatch.setattr(accelerator, "headroom", lambda: room[0])
+    monkeypatch.setattr(accelerator, "empty_cache", lambda: room.append(room.pop() + 64 * MiB))
+    monkeypatch.setattr(pool.prefixes, "free", lambda nbytes: pytest.fail(f"{nbytes} bytes of prefixes went"))
+    KvState(pool).paged.reserve(2048)
+    assert pool.backed == 64 * MiB
 
 
 def test_sliding_layers_keep_transformers_own_cache() -> None:

@@ -228,3 +228,30 @@ def test_what_the_driver_took_stays_off_the_cap_while_it_cannot_be_told(gpu: Acc
     with gpu.moving():
         gpu.set_budget(8 * GiB)
         assert card.cap == 8 * GiB - 680 * MiB
+
+
+def test_a_bracket_leaves_room_for_what_cannot_be_counted_yet(gpu: Accelerator, card: Card) -> None:
+    gpu.set_budget(12 * GiB)
+    caps = []
+    for _ in range(2):
+        with gpu.growth("kernels of prefill"):
+            caps.append(card.cap)
+    assert caps == [12 * GiB - 616 * MiB, 12 * GiB - 604 * MiB]
+    assert card.cap == 12 * GiB - 600 * MiB
+
+
+def test_a_bracket_in_another_takes_what_it_counted_off_the_cap_at_its_end(gpu: Accelerator, card: Card) -> None:
+    gpu.set_budget(12 * GiB)
+    with gpu.growth("kernels of prefill"), gpu.growth("kernels of encoders"):
+        pass
+    with gpu.growth("kernels of prefill"):
+        with gpu.growth("kernels of encoders"):
+            card.driver += 10 * MiB
+        assert card.cap == 12 * GiB - 614 * MiB
+
+
+def test_a_budget_set_by_another_thread_while_a_bracket_is_open_stays(gpu: Accelerator, card: Card) -> None:
+    gpu.set_budget(12 * GiB)
+    with gpu.growth("first decode"):
+        gpu.set_budget(8 * GiB)
+    assert (gpu.budget, card.cap) == (8 * GiB, 8 * GiB - 600 * MiB)

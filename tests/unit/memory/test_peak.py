@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from autoglm_lab.memory.high_water import high_water
+from autoglm_lab.memory.high_water import HighWater, _Marks, high_water
 from autoglm_lab.memory.peak import PeakMeter, PhasePeaks
 from autoglm_lab.units import MiB
 
@@ -79,3 +79,45 @@ def test_a_watch_that_opens_meanwhile_takes_nothing_from_the_phase(meter: PeakMe
     marks.close(marks.open(), None)
     meter.enter(None)
     assert abs(peaks.work["prefill"] - 80 * MiB) < CLOSE
+
+
+class Marks(HighWater):
+    """A GPU's marks without a GPU: a test says what torch's allocator holds."""
+
+    def __init__(self) -> None:
+        self.reserved = self.most = 0
+        super().__init__(torch.device("cuda", 0))
+
+    def hold(self, reserved: int) -> None:
+        self.reserved, self.most = reserved, max(self.most, reserved)
+
+    def _marks(self) -> _Marks:
+        return _Marks(self.reserved, self.most, self.reserved, self.most)
+
+    def _reset(self) -> bool:
+        self.most = self.reserved
+        return True
+
+
+@pytest.mark.parametrize(
+    ("moves", "peak"),
+    [
+        ([600, 400, ("slab", 300)], 700),  # the cache had gone when the slab came
+        ([600, ("slab", 300), 500], 900),
+        ([("slab", 300), 600, ("slab", -300), 700], 900),  # the slab had gone when the allocator took most
+        ([("slab", 300), ("slab", -300), 100], 300),
+        ([("slab", 300), 200, 100], 500),
+    ],
+)
+def test_the_most_of_allocator_and_slabs_is_of_one_time(moves: list[object], peak: int) -> None:
+    marks = Marks()
+    early, slabs = marks.open(), 0
+    for move in moves:
+        if isinstance(move, tuple):
+            slabs += move[1]
+            marks.moved(move[1])
+        else:
+            assert isinstance(move, int)
+            marks.hold(move)
+        marks.close(marks.open(), None)  # another watch takes nothing from this one
+    assert marks.close(early, 1000 + marks.reserved + slabs).process == 1000 + peak
