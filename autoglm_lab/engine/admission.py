@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -137,6 +137,20 @@ class Admission:
     def errors(self) -> PlanErrors | None:
         """How far off the plans for this model were on this device. From any thread; it reads a file."""
         return self._record.errors(self._state.accelerator.name, self._name, _name(self._dtype))
+
+    def ahead(self, plans: Iterator[Callable[[], object]]) -> None:
+        """Make plans beside the engine, one by one while it rests: who asks for them later waits for no trace. From any
+        thread.
+        """
+
+        def step() -> None:
+            plan = next(plans, None)
+            if plan is not None:
+                self._wait_for_rest()
+                plan()
+                self._later(step)
+
+        self._later(step)
 
     def settle(self) -> None:
         """Wait until what was put off is done."""

@@ -87,20 +87,25 @@ def resized(processor: Any, size: tuple[int, int], most: int | None) -> tuple[in
 
     For a plan under another policy than the one that holds: the processor stays as it is.
     """
-    images = getattr(processor, "image_processor", None)
-    if most is None or images is None or _bounds(images) is None:
+    tokens, plain = limited_tokens(processor, size, most), limited_tokens(processor, size, None)
+    if tokens is None or plain is None or tokens >= plain:
         return size
-    free, limited = copy.copy(images), copy.copy(images)
-    free.size, limited.size = edges_for(images, None), edges_for(images, most)
     width, height = size
-    try:
-        tokens, plain = _count(limited, width, height), _count(free, width, height)
-    except _UNKNOWN:
-        return size
-    if tokens >= plain:
-        return size
-    shrink = (tokens * _side(images) ** 2 / (width * height)) ** 0.5
+    shrink = (tokens * _side(processor.image_processor) ** 2 / (width * height)) ** 0.5
     return max(1, round(width * shrink)), max(1, round(height * shrink))
+
+
+def limited_tokens(processor: Any, size: tuple[int, int], most: int | None) -> int | None:
+    """Tokens that an image would take under the limit ``most``, whatever holds now; None: it cannot be limited."""
+    images = getattr(processor, "image_processor", None)
+    if images is None or _bounds(images) is None:
+        return None
+    limited = copy.copy(images)
+    limited.size = edges_for(images, most)
+    try:
+        return _count(limited, *size)
+    except _UNKNOWN:
+        return None
 
 
 def _bounds(images: Any) -> _Edges | None:

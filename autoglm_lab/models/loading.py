@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Outline:
         name: what was asked for, for people.
         model: its parameters are on the meta device.
         dtype: of the floating-point parameters.
-        processor: makes the model's processor or tokenizer; None where there is none.
+        processor: makes the model's processor or tokenizer, once; None where there is none.
     """
 
     name: str
@@ -153,7 +154,7 @@ def outline(source: str | Path | PreTrainedConfig, *, device: str = "cuda") -> O
     headers = located.folder is not None and hub.has_weights(located.folder)
     files = checkpoint.read_folder(located.folder) if headers and located.folder is not None else {}
     dtype = _dtype("auto", torch.device(device), files, located.config)
-    return Outline(located.name, skeleton(located.config, dtype), dtype, lambda: located.processor()[0])
+    return Outline(located.name, skeleton(located.config, dtype), dtype, cache(lambda: located.processor()[0]))
 
 
 def adopt(model: PreTrainedModel, processor: Any = None, *, device: str | torch.device | None = None) -> Resolved:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 from autoglm_lab.costs import cost_of
 from autoglm_lab.engine.policy_difference import difference
 from autoglm_lab.memory.ledger import Row
+from autoglm_lab.memory.planning.likely import likely
 from autoglm_lab.memory.planning.plan import Alternative, Plan
 from autoglm_lab.memory.planning.plan_record import PlanErrors
+from autoglm_lab.memory.planning.planner import planner
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.units import MiB
 from autoglm_lab.widgets.palette import OUTSIDE_KINDS, colour_key, rank
@@ -113,6 +116,7 @@ def _costs(changes: Mapping[str, Any]) -> Iterable[str]:
     for name, settings in changes.get("modules", {}).items():
         yield "weights" if "precision" in settings else f"{settings['residency']} {name}"
     yield from changes.get("placement", {})
+    yield from {"max_image_tokens"} & changes.keys()
     kinds = ("precision", "max_tokens", "chunk", "place", "graphs", "encoder_bytes")
     yield from (kind for kind in kinds if kind in changes.get("kv", {}))
 
@@ -123,9 +127,23 @@ def _switches(changes: Mapping[str, Any]) -> Iterable[str]:
     yield f"weights {changes.get('modules', {}).get('text', {}).get('precision')}"
 
 
+def _trace_ahead(bench: Any, workload: Workload) -> None:
+    """Let what a person is likely to try next be traced while the engine rests, so that no switch waits for it."""
+    admission = _admission_of(bench)
+    if admission is not None:
+        predict = planner(bench.outline(), bench.plan_device(bench.policy.budget))
+        asked = likely(predict, bench.policy, workload)
+        admission.ahead(partial(predict.plan, policy, work, search=False) for policy, work in asked)
+
+
 def _errors_of(bench: Any) -> PlanErrors | None:
-    admission = getattr(getattr(bench.engine, "state", None), "admission", None)
+    admission = _admission_of(bench)
     return None if admission is None else admission.errors()
+
+
+def _admission_of(bench: Any) -> Any:
+    """What lets turns in, in this process; None: behind a server, or the model lies on several devices."""
+    return getattr(getattr(bench.engine, "state", None), "admission", None)
 
 
 def _colour(row: Row) -> str:
@@ -155,6 +173,7 @@ class PlanPanel(Panel):
         self._plan: Plan | None = None
         self._asked: object = None
         self._errors: PlanErrors | None = None
+        self._ahead: object = None
         super().__init__(host, **settings)
 
     @property
@@ -227,5 +246,9 @@ class PlanPanel(Panel):
             if not self._plan.fits:
                 host.wake()
                 self._plan = bench.plan(None, self._workload, search=True)
+            kept_in = self._plan.policy.kv.precision, self._plan.policy.precisions()
+            if self._ahead != kept_in:
+                self._ahead = kept_in
+                _trace_ahead(bench, self._plan.workload)
 
         self.run("plan", plan, lane="plan")

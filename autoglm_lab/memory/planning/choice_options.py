@@ -10,10 +10,13 @@ from typing import Any
 from autoglm_lab.costs import costs
 from autoglm_lab.memory.planning.planner import Planner
 from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.models.image_tokens import limited_tokens
 from autoglm_lab.models.precision import MIXED
 from autoglm_lab.policy import MemoryPolicy
 
 _LEAST_KEPT = 1024
+LEAST_IMAGE = 256
+"""Fewest tokens of an image that are chosen unasked: less of a phone's screen can hardly be read."""
 _CHUNKS = (1024, 512, 256)
 _KV = {"model": (), "int8": ("KV in int8",), "int4": ("KV in int4",)}
 _WEIGHTS: tuple[tuple[Mapping[str, str], tuple[str, ...]], ...] = (
@@ -53,7 +56,8 @@ Way = tuple[Option, ...]
 
 
 def qualities(planner: Planner, policy: MemoryPolicy, workload: Workload, *, rounded: bool) -> list[list[Way]]:
-    """What costs quality, best first: all that the workload keeps, then half of it, a quarter …, a list for each.
+    """What costs quality, best first: all that the workload keeps, then its images in fewer tokens, then half of it, a
+    quarter …, a list for each.
 
     Args:
         rounded: weights in fewer bits are among it.
@@ -61,7 +65,8 @@ def qualities(planner: Planner, policy: MemoryPolicy, workload: Workload, *, rou
     exact = [(Option(), 0.0)]
     weights = [*exact, *_weights(planner, policy)] if rounded else exact
     both = sorted(product(weights, _precisions(policy)), key=lambda pair: pair[0][1] + pair[1][1])
-    return [[(window, weight, kv) for (weight, _), (kv, _) in both] for window in _windows(planner, policy, workload)]
+    kept = product(_windows(planner, policy, workload), _images(planner, policy, workload))
+    return [[(window, images, weight, kv) for (weight, _), (kv, _) in both] for window, images in kept]
 
 
 def _weights(planner: Planner, policy: MemoryPolicy) -> Iterator[tuple[Option, float]]:
@@ -101,6 +106,20 @@ def _windows(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iter
         costs = f"turns older than {tokens:,} tokens are forgotten (lossy)"
         yield Option({"kv": {"max_tokens": tokens, "overflow": "drop-oldest-turns"}}, written, costs)
         tokens //= 2
+
+
+def _images(planner: Planner, policy: MemoryPolicy, workload: Workload) -> list[Option]:
+    """All that an image shows, then powers of two of tokens below that."""
+    found = [Option()]
+    if not workload.images or "vision" not in planner.modules:
+        return found
+    whole = limited_tokens(planner.processor(), workload.image_size, policy.max_image_tokens)
+    tokens = 0 if whole is None else 1 << (whole - 1).bit_length() - 1
+    while tokens >= LEAST_IMAGE:
+        costs = f"images are read in {tokens:,} of {whole:,} tokens: small print goes (lossy)"
+        found.append(Option({"max_image_tokens": tokens}, f"max_image_tokens={tokens:,}", costs))
+        tokens //= 2
+    return found
 
 
 def kinds(planner: Planner, policy: MemoryPolicy, workload: Workload) -> list[list[Option]]:

@@ -2,8 +2,9 @@
 
 Every combination of the settings that cost something is put in an order, and the first that fits is taken:
 
-1. quality: the whole workload kept before a part of it; then keys and values (and weights, where they may be rounded:
-   ``quantize="auto"``) as the model has them before those that change its answers least, as measured;
+1. quality: the whole workload kept before a part of it, its images as they are before fewer tokens of them; then keys
+   and values (and weights, where they may be rounded: ``quantize="auto"``) as the model has them before those that
+   change its answers least, as measured;
 2. speed: a smaller chunk of the prompt costs least, then an encoder on demand that the workload does not need, then one
    that it needs, then keys and values on the host, and most of all layers on the host: as few as it takes;
 3. headroom: what is left goes to the conversations, as the most tokens that each may grow to.
@@ -80,9 +81,9 @@ class _Search:
     def best(self) -> Choice:
         planner, policy, workload = self.planner, self.policy, self.workload
         plain = planner.plan(policy, workload, search=False)
-        if self.hopeless(self.losses[-1]):
-            return self.none()
-        for quality in (one for window in self.losses for one in window):
+        for at, quality in enumerate(one for part in self.losses for one in part):
+            if at == 1 and self.hopeless(self.losses[-1]):  # a smaller image takes a trace of its own
+                return self.none()
             if self.hopeless([quality]):
                 continue
             for way in self.ways:
@@ -96,7 +97,7 @@ class _Search:
 
     def none(self) -> Choice:
         """What is told where nothing fits."""
-        every = [quality for window in self.losses for quality in window]
+        every = [quality for part in self.losses for quality in part]
         leanest = min(self.plans(every), key=_missing)
         if _missing(leanest) <= 0:  # the host has no room for all of that
             leanest = min(self.plans(every, on_host=False), key=_missing)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoglm_lab.memory.planning.plan import Alternative, Plan
 from autoglm_lab.memory.planning.workload import Workload
+from autoglm_lab.models.image_tokens import limited_tokens
 from autoglm_lab.models.precision import MIXED
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import format_bytes
@@ -170,6 +171,7 @@ def _of_kept(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iter
         yield _setting(
             {"kv": {"precision": precision}}, f"kv.precision='{precision}'", "keys and values are rounded (lossy)", 3
         )
+    yield from _of_images(planner, policy, workload)
     kept = workload.context + workload.new_tokens
     for tokens in (8192, 4096, 2048):
         if tokens < min(kept, planner.kv_tokens(policy) or kept):
@@ -178,12 +180,24 @@ def _of_kept(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iter
             yield _setting(settings, written, f"turns older than {tokens:,} tokens are forgotten (lossy)", 3)
 
 
+def _of_images(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
+    if not workload.images or "vision" not in planner.modules:
+        return
+    whole = limited_tokens(planner.processor(), workload.image_size, policy.max_image_tokens) or 0
+    for tokens in (2048, 1024, 512):
+        if tokens < whole:
+            costs = f"images are read in {tokens:,} of {whole:,} tokens (lossy)"
+            yield _setting({"max_image_tokens": tokens}, f"max_image_tokens={tokens:,}", costs, 3)
+
+
 def _setting(settings: dict[str, Any], written: str, costs: str, rank: int) -> Change:
     return Change(settings, written, costs, rank)
 
 
 def _touch_the_same(one: Change, other: Change) -> bool:
     def names(settings: dict[str, Any]) -> set[tuple[str, str]]:
-        return {(part, name) for part, value in settings.items() for name in value}
+        return {
+            (part, name) for part, value in settings.items() for name in (value if isinstance(value, dict) else "*")
+        }
 
     return bool(names(one.settings) & names(other.settings))

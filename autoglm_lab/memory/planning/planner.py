@@ -57,7 +57,7 @@ class Planner:
         self._weights = PlannedWeights(self._model, device.kind)
         self._pages = PageFormat.of(self._model.config, self.dtype)
         self._activations = Activations(outline, device.kind)
-        self._processor = outline.processor
+        self.processor = outline.processor
         self._training = TrainingCosts(outline, device.kind)
 
     def of(self, device: PlanDevice) -> Planner:
@@ -169,7 +169,7 @@ class Planner:
         if workload.training is not None:
             return self._training_phases(policy, workload.training)
         if policy.max_image_tokens is not None and workload.images:
-            size = resized(self._processor(), workload.image_size, policy.max_image_tokens)
+            size = resized(self.processor(), workload.image_size, policy.max_image_tokens)
             workload = replace(workload, image_size=size)
         media = self._media(workload)
         weights = self._weights.under(policy)

@@ -58,6 +58,7 @@ PLAN: dict[str, tuple[str, str]] = {
     "cost weights": ("weights are rounded", "权重被舍入"),
     "cost host_bytes": ("every token waits for layers from the host", "每个词元都要等主机上的层"),
     "cost max_tokens": ("older turns are forgotten", "遗忘较早的轮次"),
+    "cost max_image_tokens": ("images are read in less detail", "图像细节减少"),
     "cost chunk": ("prompts are read a little slower", "读取提示略慢"),
     "cost place": ("long contexts decode slower", "长上下文解码较慢"),
     "cost graphs": ("decoding is several times slower", "解码慢数倍"),

@@ -149,6 +149,28 @@ def test_as_a_last_resort_old_turns_are_forgotten(tiny):
     assert "turns older than 2,048 tokens are forgotten (lossy)" in choice.why
 
 
+def test_images_are_read_in_fewer_tokens_where_they_do_not_fit_whole(phone):
+    policy = MemoryPolicy(budget="5GiB")
+    device = replace(plan_device("RTX 4090", None, None), host_free=32 * GiB)
+    choice = choose(planner(phone, device), policy, PHONE_STEP)
+    assert choice.fits
+    assert choice.policy.max_image_tokens == 2048
+    assert choice.policy.kv.precision == "model"
+    assert "images are read in 2,048 of 3,354 tokens: small print goes (lossy)" in choice.why
+    wider = choose(planner(phone, device), policy.replace(budget="7GiB"), PHONE_STEP)
+    assert wider.fits and wider.policy.max_image_tokens is None
+    without = choose(planner(phone, device), policy, replace(PHONE_STEP, images=0))
+    assert without.fits and without.policy.max_image_tokens is None
+
+
+def test_fewer_tokens_than_a_person_set_are_not_more(phone):
+    predict, policy = planner(phone, plan_device("RTX 4090", None, None)), MemoryPolicy(max_image_tokens=700)
+    ways = [way for part in qualities(predict, policy, PHONE_STEP, rounded=False) for way in part]
+    settings = [option.settings for way in ways for option in way]
+    chosen = {one["max_image_tokens"] for one in settings if "max_image_tokens" in one}
+    assert chosen == {512, 256}
+
+
 def test_a_conversation_may_grow_into_what_is_left(phone):
     least = just_fits(planner(phone, plan_device("RTX 4090", None, None)), PHONE_STEP)
     choice = choose_for(phone, least + 100 * (1 << 20))

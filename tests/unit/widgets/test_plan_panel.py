@@ -4,11 +4,12 @@ import pytest
 
 import autoglm_lab as lab
 from autoglm_lab.errors import AdmissionError
-from autoglm_lab.memory.planning.plan import Plan
+from autoglm_lab.memory.planning.activations import Activations
+from autoglm_lab.memory.planning.plan import Alternative, Plan
 from autoglm_lab.memory.planning.plan_record import PlanErrors
 from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.widgets.labels import labels_of
-from autoglm_lab.widgets.plan_panel import context_steps, difference
+from autoglm_lab.widgets.plan_panel import alternative, context_steps, difference
 from tests.unit.widgets.browser import browser_sends, until
 
 MiB = 1 << 20
@@ -60,6 +61,20 @@ def test_moving_a_switch_changes_the_plan(wb, panel):
     quantised = row(panel, "KV")["planned"]
     works_for(panel, conversations=4)
     assert row(panel, "KV")["planned"] == pytest.approx(4 * quantised, rel=0.2)
+
+
+def test_a_switch_waits_for_no_trace_once_the_engine_has_rested(wb, panel, monkeypatch):
+    works_for(panel, context=2048, images=1)
+    wb.engine.state.admission.settle()
+    monkeypatch.setattr(Activations, "_traced", property(lambda _: pytest.fail("something was traced")))
+    kept = row(panel, "KV")["planned"]
+    works_for(panel, images=3)
+    works_for(panel, context=512)
+    until(lambda: row(panel, "KV")["planned"] < kept, "the plan to follow")
+    browser_sends(panel.host.kv, "set", setting="precision", value="int8")
+    until(lambda: panel.state["verdict"] == "fits" and "plan" not in panel.busy, "the plan", 60)
+    assert not panel.problem
+    assert not any("could not be traced" in note for note in panel.state["notes"])
 
 
 def test_what_is_parked_is_not_planned_to_be_there(wb, panel):
@@ -166,3 +181,12 @@ def test_the_difference_of_two_policies_makes_one_of_the_other():
 def test_the_prompt_slider_ends_where_the_model_does():
     assert context_steps(4096, 256) == [256, 512, 1024, 2048, 3840]
     assert context_steps(None, 256)[-1] == 131072 - 256
+
+
+def test_fewer_tokens_of_an_image_are_an_alternative_with_its_price_in_words(wb):
+    plan = wb.plan(MemoryPolicy(), lab.Workload(2048, 64, 1))
+    fewer = plan.policy.replace(max_image_tokens=512)
+    one = alternative(plan, Alternative(fewer, "max_image_tokens=512", "", True, 1, 1, True))
+    assert one["costs"] == ["max_image_tokens"]
+    for lang in ("en", "zh"):
+        assert labels_of("plan_panel", lang)["cost max_image_tokens"]
