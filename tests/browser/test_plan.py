@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 from playwright.sync_api import expect
 
@@ -22,15 +23,24 @@ def test_a_person_sees_that_it_does_not_fit_and_applies_what_makes_it_fit(page, 
         expect(verdict).to_contain_text(re.compile(r"^fits.*to spare$"))
         expect(chat.locator(".algm-warning")).to_be_hidden()
 
-        # More conversations need more, and the predicted bar says so.
+        # More conversations need more, and the predicted bar says so. The process itself is no steady ground while what
+        # will be asked next is traced: then its two readings are of different moments.
         bars = plan.locator(".algm-plan-bars > b")
-        few = mebibytes(bars.first.inner_text())
-        plan.get_by_label("Conversations kept at the same time").press("End")
-        expect(plan.locator("output").last).to_have_text("16")
+        conversations = plan.get_by_label("Conversations kept at the same time")
         kv = plan.locator(".algm-legend li", has=page.locator("span:text-is('KV')"))
-        expect(kv).to_contain_text(re.compile(r"KV9\d\.\d MiB"))
-        many, now = (mebibytes(bar.inner_text()) for bar in bars.all())
-        assert many > few + 80
+        deadline = time.monotonic() + 60
+        while True:
+            conversations.press("Home")
+            expect(plan.locator("output").last).to_have_text("1")
+            expect(kv).to_contain_text(re.compile(r"KV\d\.\d+ MiB"))
+            few = mebibytes(bars.first.inner_text())
+            conversations.press("End")
+            expect(plan.locator("output").last).to_have_text("16")
+            expect(kv).to_contain_text(re.compile(r"KV9\d\.\d MiB"))
+            many, now = (mebibytes(bar.inner_text()) for bar in bars.all())
+            if many > few + 80:
+                break
+            assert time.monotonic() < deadline, f"{few} MiB for one conversation, {many} MiB for 16"
 
         # A budget between what they need and what is held: told before anything is sent.
         budget = page.locator(".algm-budget_panel").get_by_label("Budget", exact=True)
