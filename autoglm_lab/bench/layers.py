@@ -25,11 +25,12 @@ from autoglm_lab.policy import MemoryPolicy
 from autoglm_lab.units import GiB, format_bytes
 
 _SHARE = 0.85
-_SPARE = 0.002
+_SPARE = 0.001
 """Share of a budget that the plan leaves free."""
 _BESIDE = 1_250_000_000
 """Bytes of a budget that accelerate is not told of: context, kernels, workspaces, a step's tensors, keys and values."""
 _PROMPT, _ANSWER = 256, 33
+_CHUNKS = (256, 128, 64)
 _HERE = "autoglm_lab.bench.layers"
 
 
@@ -49,7 +50,8 @@ def run(bench: Bench) -> Report:
         "layers on the host",
         figures,
         f"Decoding {_ANSWER - 1} tokens after a prompt of {_PROMPT}, one conversation, vision parked. A budget is a "
-        "hard cap on the whole process, its context included; what stays on the host is the least that the plan says.",
+        "hard cap on the whole process, its context included; what stays on the host is the least that the plan says, "
+        "with the prompt in chunks of 256, 128 or 64 tokens.",
         "accelerate: device_map='auto' with a max_memory of the budget less 1.25 GB, through transformers' generate; "
         "its process may take more than that.",
         "Limit: the rate of a pinned copy in this run, by the bytes of layers and head that the budget has no room for "
@@ -90,7 +92,7 @@ def ours(budget: int | None, small: bool) -> dict[str, Any]:
         reclaim={"every_answers": None, "cached_share": None},
     )
     if budget is not None:
-        policy = policy.replace(placement={"host_bytes": _planned(name, policy)})
+        policy = _planned(name, policy)
     with load(name, weights=None if small else "dummy", policy=policy) as wb:
         prompt = prompt_of(wb, _PROMPT, seed=1)
         peaks = []
@@ -143,11 +145,18 @@ def accelerated(budget: int | None, small: bool) -> dict[str, Any]:
     return {"rate": rate, "process": machine.process_bytes()}
 
 
-def _planned(name: str, policy: MemoryPolicy) -> int:
-    """The fewest bytes that the text has to leave to the host, as planned for the card by its name."""
+def _planned(name: str, policy: MemoryPolicy) -> MemoryPolicy:
+    """The chunk of a prompt and the bytes on the host with which least passes the bus for a token, as planned for the
+    card by its name: a smaller chunk leaves more of the budget to weights.
+    """
     where = plan_device(card_or_device(torch.device("cuda:0")), policy.budget, None)
     predict = planner(outline(name, device="cuda"), where)
-    return host_bytes(predict, policy, Workload(_PROMPT + _ANSWER, _ANSWER), spare=_SPARE) or 0
+    found = []
+    for chunk in _CHUNKS:
+        tried = policy.replace(kv={"chunk": chunk})
+        asked = host_bytes(predict, tried, Workload(_PROMPT + _ANSWER, _ANSWER), spare=_SPARE) or 0
+        found.append(tried.replace(placement={"host_bytes": asked}))
+    return min(found, key=predict.passing)
 
 
 def _layers_and_head(name: str) -> int:

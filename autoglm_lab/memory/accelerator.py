@@ -131,16 +131,18 @@ class Accelerator:
         """
         if not isinstance(self._machine, CudaMachine) or self._machine.hidden:
             return nullcontext()
-        return self._grow(what, times)
+        before = self.grown.times(what)
+        return (
+            nullcontext() if times is not None and before >= times else self._grow(what, _AGAIN if before else _FIRST)
+        )
 
     @contextmanager
-    def _grow(self, what: str, times: int | None) -> Iterator[None]:
-        left = _AGAIN if what in self.grown else _FIRST
+    def _grow(self, what: str, left: int) -> Iterator[None]:
         try:
             self._growing.append(left)
             if self.budget is not None:
                 self._apply_budget()
-            with self.grown.during(what, times):
+            with self.grown.during(what):
                 yield
         finally:
             self._growing.remove(left)

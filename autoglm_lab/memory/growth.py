@@ -35,25 +35,22 @@ class DriverGrowth:
         with self._lock:
             return {what: nbytes for what, nbytes in self._parts.items() if nbytes}
 
-    def __contains__(self, what: str) -> bool:
-        """Whether ``what`` was ever begun to be measured."""
-        return what in self._times
+    def times(self, what: str) -> int:
+        """How often ``what`` was begun to be measured."""
+        return self._times.get(what, 0)
 
     def __str__(self) -> str:
         return ", ".join(f"{what} {format_bytes(nbytes)}" for what, nbytes in self.parts.items())
 
     @contextmanager
-    def during(self, what: str, times: int | None = None) -> Iterator[None]:
+    def during(self, what: str) -> Iterator[None]:
         """Count what the driver takes while this is open under ``what``.
 
         Brackets may lie in one another and on several threads: what one has counted, no other counts again. One at
         whose begin or end nothing can be told counts nothing.
         """
         with self._lock:
-            seen = self._times[what] = self._times.get(what, 0) + 1
-        if times is not None and seen > times:
-            yield
-            return
+            self._times[what] = self._times.get(what, 0) + 1
         before = self._unnamed()
         try:
             yield

@@ -148,7 +148,7 @@ def host_bytes(planner: Planner, policy: MemoryPolicy, workload: Workload, *, sp
     return None
 
 
-_STEP, _TRIES = 32 << 20, 4
+_STEP, _TRIES = 2 << 20, 8
 
 
 def _of_steps(planner: Planner, policy: MemoryPolicy, workload: Workload) -> Iterator[Change]:
