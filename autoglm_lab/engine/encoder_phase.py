@@ -25,8 +25,8 @@ def mark_encoding(residency: Residency, state: EngineState) -> list[Any]:
             growing.enter_context(state.growth("kernels of encoders"))
 
     def end(*_: Any) -> None:
+        growing.close()  # whatever the phase is by now: an open bracket keeps room free of the budget
         if state.phase == "encode":
-            growing.close()
             state.enter("prefill", *state.peaks)
 
     for spec in residency.specs:

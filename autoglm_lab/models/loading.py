@@ -19,7 +19,7 @@ from autoglm_lab.errors import LoadError
 from autoglm_lab.models import catalog, checkpoint, hub
 from autoglm_lab.models.anatomy import named_tensors
 from autoglm_lab.models.checkpoint import FileTensor
-from autoglm_lab.models.collection import no_collection
+from autoglm_lab.models.garbage_collection import no_collection
 from autoglm_lab.models.location import has_processor, locate, processor_of, read_allowed
 from autoglm_lab.models.skeleton import skeleton
 from autoglm_lab.models.tensor_sources import HeldTensor, Source, dummy_sources, file_sources

@@ -15,7 +15,7 @@ from autoglm_lab.models.precision import MIXED
 from autoglm_lab.policy import MemoryPolicy
 
 _LEAST_KEPT = 1024
-LEAST_IMAGE = 256
+_LEAST_IMAGE = 256
 """Fewest tokens of an image that are chosen unasked: less of a phone's screen can hardly be read."""
 _CHUNKS = (1024, 512, 256)
 _KV = {"model": (), "int8": ("KV in int8",), "int4": ("KV in int4",)}
@@ -115,7 +115,7 @@ def _images(planner: Planner, policy: MemoryPolicy, workload: Workload) -> list[
         return found
     whole = limited_tokens(planner.processor(), workload.image_size, policy.max_image_tokens)
     tokens = 0 if whole is None else 1 << (whole - 1).bit_length() - 1
-    while tokens >= LEAST_IMAGE:
+    while tokens >= _LEAST_IMAGE:
         costs = f"images are read in {tokens:,} of {whole:,} tokens: small print goes (lossy)"
         found.append(Option({"max_image_tokens": tokens}, f"max_image_tokens={tokens:,}", costs))
         tokens //= 2

@@ -33,7 +33,7 @@ from autoglm_lab.memory.residency.move import Move
 from autoglm_lab.memory.residency.mover import Mover
 from autoglm_lab.memory.residency.pinned import PinnedBudget
 from autoglm_lab.models.anatomy import ModuleSpec, anatomy, named_tensors, parted
-from autoglm_lab.models.collection import no_collection
+from autoglm_lab.models.garbage_collection import no_collection
 from autoglm_lab.models.loading import Resolved
 from autoglm_lab.models.placement import host_share
 from autoglm_lab.models.spread import Spread
