@@ -65,13 +65,14 @@ def bars(
     _check(series, labels)
     figure = go.Figure()
     for i, (name, values) in enumerate(series.items()):
+        lengths = np.asarray(values, np.float32)
         figure.add_bar(
             name=name,
-            x=np.asarray(values, np.float32),
+            x=np.nan_to_num(lengths) if stacked else lengths,  # plotly begins a bar anew after a part that is missing
             y=list(labels),
             orientation="h",
             marker_color=picture.COLOURS[i],
-            text=[picture.written(value, write) for value in values],
+            text=["" if stacked and value is None else picture.written(value, write) for value in values],
             hovertemplate=f"%{{y}}: %{{text}} {unit}<extra>{name}</extra>",
         )
     figure.update_layout(barmode="stack" if stacked else "group", xaxis_title=unit, **_layout(title))
@@ -144,5 +145,5 @@ def _layout(title: str) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"color": "#7d8590"},
-        "legend": {"orientation": "h", "y": 1.12, "x": 0},
+        "legend": {"orientation": "h", "y": -0.25, "yanchor": "top", "x": 0},
     }

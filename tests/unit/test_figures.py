@@ -86,3 +86,11 @@ def test_lines_rise_and_points_are_named() -> None:
 def test_series_of_the_wrong_length_are_refused() -> None:
     with pytest.raises(ValueError, match="series 'x' has 1 values for 2 labels"):
         bars("Sizes", ["a", "b"], {"x": [1.0]}, unit="GB")
+
+
+def test_a_missing_part_of_a_bar_does_not_begin_the_bar_anew() -> None:
+    drawn = bars(
+        "t", ["load", "prefill"], {"weights": [19.0, 19.0], "KV": [None, 0.5]}, unit="GiB", stacked=True
+    ).plotly
+    assert [*drawn.data[1].x] == [0.0, 0.5]
+    assert [*drawn.data[1].text] == ["", "0.50"]
