@@ -83,7 +83,7 @@ def load(
     auto, rounded = policy == "auto", _may_round(quantize, policy)
     policy = _starting(policy, MemoryPolicy(), budget)
     if policy.reclaim.expandable_segments:
-        expand_segments()  # before CUDA starts; where it is too late the workbench says so
+        expand_segments()  # before anything is allocated; where it is too late the workbench says so
     # Importing this file has imported transformers: what the accelerator reads as its context holds the libraries.
     if device is not None and devices is not None:
         raise LabError("device= is for one device and devices= for several: give one of them")

@@ -128,7 +128,7 @@ class ReclaimPolicy(_Part):
         cached_share: when the allocator's unused cache passes this share of the device, 0 to 1; None: never by share.
         traceback: also clear what Jupyter keeps alive through the last traceback. Default False.
         expandable_segments: let CUDA's allocator grow its segments, which fragments less. It counts only when it is set
-            before CUDA starts. Default False.
+            before torch has memory on the GPU. Default False.
     """
 
     every_answers: int | None = Field(10, ge=1)

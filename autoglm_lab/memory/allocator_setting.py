@@ -1,4 +1,4 @@
-"""The one setting of torch's CUDA allocator that counts only before CUDA starts: expandable segments."""
+"""The one setting of torch's CUDA allocator that counts only before it has memory: expandable segments."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def expand_segments(kind: Literal["cuda", "cpu"] | None = None) -> str:
     settings = _settings()
     if _ON in settings:
         return ""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized() and any(map(torch.cuda.memory_reserved, range(torch.cuda.device_count()))):
         return (
-            "reclaim.expandable_segments comes too late: CUDA has started in this process. Restart the kernel and load "
+            "reclaim.expandable_segments comes too late: torch has memory in this process. Restart the kernel and load "
             f"with this policy before anything else uses the GPU, or set {_NAMES[0]}={_ON} in its environment"
         )
     kept = [setting for setting in settings if not setting.startswith("expandable_segments:")]
@@ -37,8 +37,14 @@ def expand_segments(kind: Literal["cuda", "cpu"] | None = None) -> str:
     for name in _NAMES:
         if name in os.environ or name == _NAMES[0]:
             os.environ[name] = text
-    torch.cuda.memory._set_allocator_settings(text)  # noqa: SLF001 - for an allocator that has read its environment
+    _tell(text)
     return ""
+
+
+def _tell(text: str) -> None:
+    """An allocator that has read its environment, as it has where CUDA has started; importing torchao starts it."""
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # noqa: SLF001 - since torch 2.11
+    (tell or torch.cuda.memory._set_allocator_settings)(text)  # noqa: SLF001
 
 
 def _settings() -> list[str]:

@@ -33,8 +33,8 @@ BUDGET: dict[str, tuple[str, str]] = {
     ),
     "expandable_segments": ("expandable segments", "可扩展段"),
     "expandable_segments hint": (
-        "Let CUDA's allocator grow its segments; it counts only when set before CUDA starts",
-        "让 CUDA 分配器的段可增长；须在 CUDA 启动前设置才有效",
+        "Let CUDA's allocator grow its segments; it counts only when set before anything lies on the GPU",
+        "让 CUDA 分配器的段可增长；须在 GPU 上尚无数据时设置才有效",
     ),
     "real": ("all", "全部"),
     "real hint": ("No budget: the whole device", "不设预算：整个设备"),

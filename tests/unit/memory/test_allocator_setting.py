@@ -12,13 +12,14 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     settings: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", settings.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append, raising=False)
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     return settings
 
 
-def test_it_is_set_before_cuda_starts(told: list[str]) -> None:
+def test_it_is_set_before_the_allocator_has_memory(told: list[str]) -> None:
     assert expand_segments() == ""
     assert told == ["expandable_segments:True"]
     assert expand_segments("cuda") == ""
@@ -31,10 +32,16 @@ def test_other_settings_stay(told: list[str], monkeypatch: pytest.MonkeyPatch) -
     assert told == ["roundup_power2_divisions:[256:1,>:2],expandable_segments:True"]
 
 
-def test_once_cuda_has_started_it_says_that_it_is_too_late(told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("reserved", "late"), [(0, False), (2 << 20, True)])
+def test_it_is_too_late_once_the_allocator_has_memory(
+    told: list[str], monkeypatch: pytest.MonkeyPatch, reserved: int, late: bool
+) -> None:
+    """CUDA may have started: importing torchao starts it."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert "comes too late: CUDA has started in this process. Restart the kernel" in expand_segments()
-    assert told == []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: reserved)
+    said = expand_segments()
+    assert ("comes too late: torch has memory in this process. Restart the kernel" in said) is late
+    assert told == ([] if late else ["expandable_segments:True"])
 
 
 def test_what_the_environment_has_set_is_in_effect_after_the_start(
