@@ -231,9 +231,10 @@ class Finetuning:
                 seed=course.seed,
             )  # fmt: skip
             with quietly():
+                optimizer = optimizer_of(self._policy.optimizer, course.learning_rate)
                 loop = Loop(
-                    learnt, told, self._data, self._run_step, optimizer=optimizer_of(self._policy.optimizer),
-                    callbacks=[_Watch(self)], stored=self._stored,
+                    learnt, told, self._data, self._run_step, optimizer=optimizer, callbacks=[_Watch(self)],
+                    stored=self._stored,
                 )  # fmt: skip
                 last = latest(out) if course.resume else None
                 if course.resume and last is None:

@@ -190,8 +190,8 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def optimizer_of(name: str) -> tuple[Any, dict[str, Any]] | None:
-    """The optimiser's class and settings; None: the Trainer's own AdamW.
+def optimizer_of(name: str, rate: float) -> tuple[Any, dict[str, Any]] | None:
+    """The optimiser's class and settings, which the Trainer takes as they are; None: the Trainer's own AdamW.
 
     Raises:
         TrainingError: torchao, which has the 8-bit one, is not there.
@@ -202,7 +202,7 @@ def optimizer_of(name: str) -> tuple[Any, dict[str, Any]] | None:
         from torchao.optim import AdamW8bit  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         raise TrainingError("training.optimizer='adamw-8bit' needs torchao: pip install torchao") from None
-    return AdamW8bit, {}
+    return AdamW8bit, {"lr": rate}
 
 
 def _inner_bytes(value: Any) -> int:
