@@ -14,6 +14,7 @@ from autoglm_lab.memory.planning.encoder_tapes import EncoderTapes, Encoding, Me
 from autoglm_lab.memory.planning.layered_tape import LayeredTape, least_layers
 from autoglm_lab.memory.planning.step_work import Peak, Steps, UntracedError, Work
 from autoglm_lab.memory.planning.tape import Tape, TapeFamily
+from autoglm_lab.memory.planning.traced_cache import alike
 from autoglm_lab.memory.planning.traced_model import Kind, TracedModel
 from autoglm_lab.memory.planning.workload import Workload
 from autoglm_lab.models.loading import Outline
@@ -134,7 +135,7 @@ class Activations:
         return prefill_chunks(0, steps.prompt, steps.chunk)
 
     def _write(self, steps: Steps) -> int:
-        form, batch = steps.form, steps.batch
+        form, batch = self._alike(steps.form), steps.batch
         family = self._family(
             ("decode", form, batch),
             lambda total: (1, total),
@@ -158,9 +159,11 @@ class Activations:
         return pool.reserved + tried.reserved
 
     def _captured(self, form: PageFormat | None, size: int) -> Tape:
+        form = self._alike(form)
         return self._tape(("captured", form, size), lambda: self._traced.decode(form, size, 255))
 
     def _prefill_tape(self, form: PageFormat | None, before: int, new: int) -> Tape:
+        form = self._alike(form, before)
         short, whole = new <= FEED_FORWARD_TOKENS, self._bidirectional
         lengths = _SHORT if short else _LONG
         points: list[tuple[int, ...]]
@@ -180,6 +183,9 @@ class Activations:
             return family.at(before, new)
         key = "prefill", form, before, new
         return self._tape(key, lambda: self._traced.prefill(form, before, new, bidirectional=whole))
+
+    def _alike(self, form: PageFormat | None, before: int = 1) -> PageFormat | None:
+        return None if form is None else alike(form, self._kind, before)
 
     def _tape(self, key: Any, record: Callable[[], Tape]) -> Tape:
         """A tape of one length alone."""

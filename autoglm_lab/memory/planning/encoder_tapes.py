@@ -19,7 +19,7 @@ Medium = Literal["vision", "audio"]
 Encoding = tuple[Tape, int]
 """What encoding allocates, with its output at the end; and the output's bytes."""
 
-_GRIDS = ((16, 24), (32, 48), (40, 64))
+_GRIDS = ((16, 24), (32, 48))
 _MOST_KEPT = 64
 _NEAR = 0.01
 
@@ -61,7 +61,7 @@ class EncoderTapes:
         self._kept: dict[tuple[Any, ...], Encoding] = {}
         self._family: tuple[TapeFamily, float] | None = None
         self._grows: bool | None = None
-        self._in_patches = False
+        self._first: tuple[int, Encoding] | None = None
 
     def of(self, inputs: MediumInputs) -> Encoding:
         """What encoding these allocates. From the second size on, images of patches need no recording of their own."""
@@ -69,7 +69,7 @@ class EncoderTapes:
         found = self._kept.get(key)
         if found is not None:
             return found
-        if grid is not None and self._in_patches and self._learn(inputs):
+        if grid is not None and self._learn(inputs):
             assert self._family is not None
             family, width = self._family
             patches = grid[0] * grid[1]
@@ -78,7 +78,8 @@ class EncoderTapes:
         while len(self._kept) >= _MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         self._kept[key] = found
-        self._in_patches |= grid is not None
+        if grid is not None and self._first is None:
+            self._first = grid[0] * grid[1], found
         return found
 
     def _record(self, inputs: MediumInputs) -> Encoding:
@@ -86,20 +87,24 @@ class EncoderTapes:
         return self._tracer().encode(kind, dict(inputs.tensors))
 
     def _learn(self, inputs: MediumInputs) -> bool:
-        """Whether the tapes of this model's images are known for every number of patches."""
-        if self._grows is None:
+        """Whether the tapes of this model's images are known for every number of patches.
+
+        From two small images; the first one that was asked for has to be as they tell.
+        """
+        if self._grows is None and self._first is not None:
             sizes = [rows * columns for rows, columns in _GRIDS]
+            patches, (tape, nbytes) = self._first
             try:
-                tapes = [self._record(_grid_of(inputs, rows, columns)) for rows, columns in _GRIDS]
-                family = TapeFamily(lambda patches: (1, patches), [((sizes[at],), tapes[at][0]) for at in (0, 1)])
+                small = [self._record(_grid_of(inputs, rows, columns)) for rows, columns in _GRIDS]
+                family = TapeFamily(lambda patches: (1, patches), [((sizes[at],), small[at][0]) for at in (0, 1)])
             except (ValueError, RuntimeError, TypeError, LookupError):  # it goes another way at other sizes
                 self._grows = False
                 return False
-            told, true = family.at(sizes[2]).peak, tapes[2][0].peak
-            width = tapes[0][1] / sizes[0]
-            self._grows = abs(told - true) <= _NEAR * true and abs(width * sizes[2] - tapes[2][1]) <= 512
+            width = small[0][1] / sizes[0]
+            told = family.at(patches).peak
+            self._grows = abs(told - tape.peak) <= _NEAR * tape.peak and abs(width * patches - nbytes) <= 512
             self._family = (family, width) if self._grows else None
-        return self._grows
+        return bool(self._grows)
 
 
 def blank(processor: Any, model: Any, medium: Medium, workload: Workload) -> MediumInputs:

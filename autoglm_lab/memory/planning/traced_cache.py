@@ -14,6 +14,17 @@ from autoglm_lab.memory.kv.paged_cache import PagedCache, PagedLayer
 from autoglm_lab.memory.planning.recorder import flash
 
 
+def alike(form: PageFormat, kind: Literal["cuda", "cpu"], before: int) -> PageFormat:
+    """The form whose steps allocate what those of ``form`` do, and which is traced in its place.
+
+    The kernels of CUDA read and write pages of any precision as they lie. Only the first tokens of a prompt differ:
+    rounded ones are read back, others are at hand.
+    """
+    if kind == "cpu" or not paged_kernels.fits(form):
+        return form
+    return form.at("model" if before or form.precision == "model" else "int8")
+
+
 class TracedCache(PagedCache):
     """Takes keys and values of a step and allocates what the device would.
 
