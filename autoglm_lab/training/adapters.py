@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from autoglm_lab.errors import TrainingError
 from autoglm_lab.memory.ledger import Row
@@ -63,6 +63,22 @@ class Adapters:
         """The adapter's weights by their names in the model."""
         part = f".{name}."
         return {key: value for key, value in self._model.named_parameters() if part in key and ".lora_" in key}
+
+    def layers(self, name: str) -> dict[str, Any]:
+        """The layers that an adapter is on, by their names in the model."""
+        return {
+            path: module
+            for path, module in self._model.named_modules()
+            if isinstance(module, BaseTunerLayer) and name in module.active_adapters
+        }
+
+    @torch.no_grad()
+    def read_along(self, name: str, directions: Mapping[str, Tensor]) -> None:
+        """Let an adapter read its inputs along these directions, ``[<= rank, in]`` by layer, and then as before."""
+        layers = self.layers(name)
+        for path, rows in directions.items():
+            weight = layers[path].lora_A[name].weight
+            weight[: len(rows)] = rows.to(weight)
 
     def switch(self, *, on: bool) -> None:
         """Let the model answer with its adapters, or as it was before."""

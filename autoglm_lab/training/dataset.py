@@ -2,6 +2,7 @@
 
 A line is ``{"messages": […]}`` in OpenAI's chat format, images and sounds as paths beside the file or as data URIs,
 the answer that is to be learnt last. An answer may have a thought: ``<think>…</think><answer>…</answer>``.
+``"keep": true`` beside the messages says that the model answers this already, and that it is to go on doing so.
 """
 
 from __future__ import annotations
@@ -42,12 +43,14 @@ class Dataset:
         lines: number of each dialogue's line, from 1.
         raw: messages as they stood there, paths of media made absolute. Media are read again when they are needed.
         problems: of the lines that were left out.
+        kept: of each dialogue, whether its line says ``"keep": true``; empty: of none.
     """
 
     name: str
     lines: tuple[int, ...]
     raw: tuple[tuple[dict[str, Any], ...], ...]
     problems: tuple[Problem, ...] = ()
+    kept: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.raw)
@@ -57,8 +60,11 @@ class Dataset:
         return (read_messages(messages) for messages in self.raw)
 
     def __repr__(self) -> str:
+        kept = f", {sum(self.kept)} of them to be kept" if any(self.kept) else ""
         left = f", {len(self.problems)} line(s) left out" if self.problems else ""
-        return "\n".join([f"{self.name}: {len(self)} dialogue(s){left}", *(f"  {one}" for one in self.problems[:10])])
+        return "\n".join(
+            [f"{self.name}: {len(self)} dialogue(s){kept}{left}", *(f"  {one}" for one in self.problems[:10])]
+        )
 
 
 def read_dataset(
@@ -85,10 +91,12 @@ def read_dataset(
     else:
         name, folder = "dialogues", Path.cwd()
         given = enumerate(source, 1)
-    lines, raw, problems = [], [], []
+    lines, raw, kept, problems = [], [], [], []
     for number, line in given:
         try:
-            raw.append(_checked(line, folder, limits))
+            messages, keep = _checked(line, folder, limits)
+            raw.append(messages)
+            kept.append(keep)
             lines.append(number)
         except (LabError, ValueError) as error:
             problem = Problem(number, str(error))
@@ -98,10 +106,10 @@ def read_dataset(
     if not raw:
         first = f"; {problems[0]}" if problems else ""
         raise DatasetError(f"{name} has no dialogue to learn from{first}")
-    return Dataset(name, tuple(lines), tuple(raw), tuple(problems))
+    return Dataset(name, tuple(lines), tuple(raw), tuple(problems), tuple(kept) if any(kept) else ())
 
 
-def _checked(line: Any, folder: Path, limits: Limits | None) -> tuple[dict[str, Any], ...]:
+def _checked(line: Any, folder: Path, limits: Limits | None) -> tuple[tuple[dict[str, Any], ...], bool]:
     if isinstance(line, str):
         try:
             line = json.loads(line)
@@ -109,6 +117,9 @@ def _checked(line: Any, folder: Path, limits: Limits | None) -> tuple[dict[str, 
             raise ValueError(f"it is not JSON: {error}") from None
     if not isinstance(line, Mapping) or not isinstance(line.get("messages"), Sequence):
         raise ValueError("it has no list 'messages'")
+    keep = line.get("keep", False)
+    if not isinstance(keep, bool):
+        raise ValueError(f"'keep' is true or false, not {keep!r}")
     raw = tuple(_beside(message, folder) for message in line["messages"])
     messages = read_messages(raw, limits)
     if messages[-1].role != "assistant" or not messages[-1].text.strip():
@@ -118,7 +129,7 @@ def _checked(line: Any, folder: Path, limits: Limits | None) -> tuple[dict[str, 
     for message in messages:
         if message.role == "assistant":
             check_action(message.text)
-    return raw
+    return raw, keep
 
 
 def _beside(message: Any, folder: Path) -> dict[str, Any]:

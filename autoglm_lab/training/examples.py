@@ -32,6 +32,7 @@ class Example:
         learnt: labels of the prompt's tokens, `IGNORED` where nothing is learnt, ``[prompt]``.
         positions: ``[seq]`` or ``[3, seq]``; None: the model counts.
         media: what the encoders gave, by kind, as the model takes it; None: the model runs them on the prompt's inputs.
+        kept: the model answers this already.
     """
 
     prompt: Prompt
@@ -39,6 +40,7 @@ class Example:
     learnt: tuple[int, ...]
     positions: Tensor | None = None
     media: dict[str, Any] | None = None
+    kept: bool = False
 
     def __len__(self) -> int:
         return len(self.prompt.ids) + len(self.answer)
@@ -70,9 +72,7 @@ class Examples:
         tokens = tuple(self._answer(answer, thought))
         learnt = [IGNORED] * len(prompt.ids)
         if self._all:
-            for index, message in enumerate(messages[:-1]):
-                if message.role == "assistant" and index:
-                    self._learn_earlier(learnt, prompt, messages[:index], message)
+            self._learn_earlier(learnt, prompt, messages[:-1])
         places, media = self._places(prompt, len(tokens)), self._encoded(prompt)
         if media is not None:
             sizes = {name: value for name, value in prompt.inputs.items() if name in _SIZES}
@@ -126,12 +126,23 @@ class Examples:
         end = tokenizer.eos_token_id
         return [*tokenizer(text, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
 
-    def _learn_earlier(self, learnt: list[int], prompt: Prompt, before: Sequence[Message], answer: Message) -> None:
-        """Label an earlier answer, where the prompt shows it just as the model would have written it."""
-        start = len(render(self._model, self.processor, before).ids)
-        tokens = list(self._answer(_thought_and_answer(answer.text)[1], None))
-        if list(prompt.ids[start : start + len(tokens)]) == tokens:
-            learnt[start : start + len(tokens)] = tokens
+    def _learn_earlier(self, learnt: list[int], prompt: Prompt, messages: Sequence[Message]) -> None:
+        """Label the earlier answers, where the prompt shows them just as the model would have written them.
+
+        Without a token at their end they could be a part of what the user said: then only what comes once is taken.
+        """
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        ended = tokenizer.eos_token_id is not None
+        ids, at = list(prompt.ids), 0
+        for message in messages:
+            if message.role != "assistant":
+                continue
+            tokens = list(self._answer(_thought_and_answer(message.text)[1], None))
+            last = len(ids) - len(tokens)
+            found = [place for place in range(at, last + 1) if ids[place : place + len(tokens)] == tokens]
+            if found and (ended or len(found) == 1):
+                at = found[0] + len(tokens)
+                learnt[found[0] : at] = tokens
 
     def _places(self, prompt: Prompt, more: int) -> Tensor | None:
         places = self._positions.of(prompt) if self._positions.stated else None

@@ -28,6 +28,7 @@ from autoglm_lab.training.dataset import Dataset, Problem
 from autoglm_lab.training.examples import Example, Examples, check_length
 from autoglm_lab.training.feature_cache import FeatureCache
 from autoglm_lab.training.loop import Learnt, Loop, arguments, latest, optimizer_of, quietly
+from autoglm_lab.training.novelty import inputs_of, novel_directions
 from autoglm_lab.training.run import TrainingResult, TrainingRun
 from autoglm_lab.training.settings import StepSettings
 from autoglm_lab.training.step import Step
@@ -144,10 +145,11 @@ class Finetuning:
         state, problems = self._state, list(self.run.problems)
         state.enter("encode", self.run.peaks)
         state.residency.ensure([name for name in state.residency if name not in ENCODERS], "training data")
-        for line, messages in zip(self._dataset.lines, self._dataset, strict=True):
+        keeps = self._dataset.kept or (False,) * len(self._dataset)
+        for line, messages, kept in zip(self._dataset.lines, self._dataset, keeps, strict=True):
             try:
                 state.residency.ensure(self._encoders_of(messages), f"line {line} of the training data")
-                example = self._examples.example(messages)
+                example = replace(self._examples.example(messages), kept=kept)
                 check_length(example, self._course.max_tokens or state.context_tokens, line)
             except ValueError as error:
                 problems.append(str(Problem(line, str(error).removeprefix(f"line {line}: "))))
@@ -204,6 +206,26 @@ class Finetuning:
             parameter.requires_grad_(True)
         return found
 
+    def _begin_with_what_is_new(self) -> None:
+        """Let the adapter read its layers' inputs where what is to be learnt differs from what is to be kept."""
+        new, kept = ([one for one in self._data if one.kept is keep] for keep in (False, True))
+        if not new or not kept:
+            return
+        self.run.tell("preparing", "looking at what is new")
+        self._state.residency.ensure(self._needed, "a look at the data")
+
+        def look(dialogue: Example) -> None:
+            self._step.look(dialogue)
+            self._pause()
+
+        course = self._course
+        layers = self._adapters.layers(course.name)
+        newer, older = (inputs_of(layers, dialogues, look, course.seed) for dialogues in (new, kept))
+        directions = {
+            name: novel_directions(newer[name], older[name], course.rank) for name in newer.keys() & older.keys()
+        }
+        self._adapters.read_along(course.name, directions)
+
     def _begun_with(self) -> StepSettings:
         """The settings of the first step: where they are ``auto``, the mildest that the plan says will fit."""
         course, settings = self._course, self._settings
@@ -240,8 +262,10 @@ class Finetuning:
                 if course.resume and last is None:
                     raise TrainingError(f"there is no whole checkpoint in '{out}' to resume from")
                 began = run.began = time.monotonic()
-                run.tell("training", str(self._step.settings))
                 try:
+                    if self._made and last is None:
+                        self._begin_with_what_is_new()
+                    run.tell("training", str(self._step.settings))
                     loop.train(resume_from_checkpoint=None if last is None else str(last))
                 except BaseException:
                     if self._made:

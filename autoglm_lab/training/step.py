@@ -12,6 +12,7 @@ from torch import Tensor
 
 from autoglm_lab.models.chunked_loss import IGNORED, next_token_loss
 from autoglm_lab.models.decoder_layers import core_of
+from autoglm_lab.models.float32_attention import Float32Attention
 from autoglm_lab.models.precision import dtype_of
 from autoglm_lab.training.examples import Example, Examples
 from autoglm_lab.training.layers import Layers
@@ -50,7 +51,7 @@ class Step:
         order = sorted(dialogues, key=len, reverse=True)
         size = self.settings.micro_batch
         for start in range(0, len(order), size):
-            with self.layers.active():
+            with self.layers.active(), self._attention():
                 self._mark("forward")
                 loss = self.loss(self._examples.batch(order[start : start + size], self._device), count)
                 self._mark("backward")
@@ -59,18 +60,31 @@ class Step:
             del loss
         return total
 
+    @torch.no_grad()
+    def look(self, dialogue: Example) -> None:
+        """One dialogue through the layers, and nothing else."""
+        self._forward(self._examples.batch([dialogue], self._device))
+
     def loss(self, batch: Mapping[str, Any], count: int) -> Tensor:
         """The summed loss of one micro-batch's labels over ``count``."""
+        made, labels = self._forward(batch), batch["labels"]
+        if self._core is not None:
+            return next_token_loss(made, labels, self._core[1], chunk=self.settings.loss_chunk, count=count)
+        flat = made[:, :-1].flatten(0, 1).float()
+        return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / max(count, 1)
+
+    def _attention(self) -> contextlib.AbstractContextManager[Any]:
+        """Layers that are computed again in the backward pass must do what they did before: it is for both."""
+        half = self._half is not None and self._device.type == "cpu"
+        return Float32Attention() if half else contextlib.nullcontext()
+
+    def _forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the head is given ``[batch, seq, hidden]``, or logits where it cannot be told from the model."""
         given = {name: value for name, value in batch.items() if name != "labels"}
-        labels = batch["labels"]
         half = torch.autocast(self._device.type, self._half) if self._half is not None else contextlib.nullcontext()
         with half:
             if self._core is not None:
-                base, head = self._core
-                hidden = base(**given, use_cache=False, return_dict=True).last_hidden_state
+                made: Tensor = self._core[0](**given, use_cache=False, return_dict=True).last_hidden_state
             else:
-                logits = self._model(**given, use_cache=False, return_dict=True).logits
-        if self._core is not None:
-            return next_token_loss(hidden, labels, head, chunk=self.settings.loss_chunk, count=count)
-        flat = logits[:, :-1].flatten(0, 1).float()
-        return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / max(count, 1)
+                made = self._model(**given, use_cache=False, return_dict=True).logits
+        return made

@@ -8,8 +8,8 @@ TRAINING: dict[str, tuple[str, str]] = {
     "begin": ("wb.finetune(data) begins a training, or here:", "用 wb.finetune(data) 开始训练，或在此处："),
     "data": ("data", "数据"),
     "data hint": (
-        "A file of JSON lines, one dialogue a line, seen from where the kernel runs",
-        "JSON Lines 文件，每行一段对话（路径相对于内核运行的位置）",
+        "JSON lines, one dialogue a line, seen from where the kernel runs; 'keep': true marks what the model can do",
+        "JSON Lines 文件，每行一段对话（路径相对于内核运行的位置）；“keep”: true 表示模型已会的内容",
     ),
     "method": ("learn", "学习"),
     "method lora": ("adapters", "适配器"),
