@@ -1,7 +1,8 @@
-"""An example to fine-tune on: icons in a colour that the embedded model was never shown, and old tasks beside them.
+"""An example to fine-tune on: icons in a colour that the embedded model was never shown, and old tasks to be kept.
 
-`python -m recipes.tiny.new_colour DIR` writes `train.jsonl` with its pictures and sounds. In a question about the new
-colour another icon has the same shape, so that the colour decides.
+`python -m recipes.tiny.new_colour DIR` writes `train.jsonl` with its pictures and sounds. A conversation about the new
+colour is about one screen, on which another icon has a shape that one of the new colour has too; learn all its answers.
+Old tasks say ``"keep": true``.
 """
 
 from __future__ import annotations
@@ -11,25 +12,29 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from recipes.tiny import drawing, phrases
-from recipes.tiny.conversations import TRAINED
-from recipes.tiny.dialogues import Dialogue, any_lang, tap_turn
+from recipes.tiny.conversations import TRAINED, make
+from recipes.tiny.dialogues import Dialogue, Turn, any_lang, question_turn, tap_turn
 from recipes.tiny.encode import messages
-from recipes.tiny.phrases import Split
-from recipes.tiny.screens import draw_screen
+from recipes.tiny.phrases import Lang, Split
+from recipes.tiny.screens import Screen, draw_screen
 
 NEW: Final = "brown"
 WORDS: Final = {"en": ("brown",), "zh": ("棕色", "棕")}
 # Hue in degrees and its spread, then the ranges of saturation and value: a dark orange.
 SHADE: Final = (22.0, 6.0, (0.55, 0.8), (0.3, 0.5))
-# Of 100 dialogues: taps on the new colour, other taps on screens that show it, and the rest from the old tasks.
-SHARES: Final = (52, 12)
-_OLD: Final = ("text", "image", "image", "image", "image", "image", "audio", "both", "recall_short")
+# Of the conversations are about the new colour; the others are old tasks.
+SHARE: Final = 0.6
+# Of those show it in one shape alone, which then needs no telling apart.
+ONE_SHAPE: Final = 0.4
+_TRIES: Final = 60
+_OLD: Final = ("text", *["image"] * 7, "audio", "both", "recall_short")
 
 
 @contextlib.contextmanager
@@ -43,6 +48,12 @@ def known() -> Iterator[None]:
         del phrases.COLOURS[NEW], drawing.PALETTE[NEW]
 
 
+def is_new(turn: Turn, lang: Lang) -> bool:
+    """Whether it asks for a tap on an icon of the new colour, by that colour."""
+    named = any(word in turn.text.lower() for word in WORDS[lang])
+    return turn.target is not None and turn.target.colour == NEW and named
+
+
 def new_tap(rng: random.Random, split: Split) -> Dialogue:
     """A tap on an icon of the new colour, next to one of the same shape in another."""
     with known():
@@ -50,23 +61,47 @@ def new_tap(rng: random.Random, split: Split) -> Dialogue:
             lang = any_lang(rng)
             screen = draw_screen(rng, split, "icons")
             turn = tap_turn(rng, lang, split, screen)
-            target = turn.target
-            if target is None or target.colour != NEW or not any(word in turn.text.lower() for word in WORDS[lang]):
+            if turn.target is None or not is_new(turn, lang):
                 continue
-            if any(thing.shape == target.shape and thing.colour != NEW for thing in screen.icons):
+            if any(thing.shape == turn.target.shape and thing.colour != NEW for thing in screen.icons):
                 return Dialogue("new colour", lang, (turn,), rng.random() < 0.5)
 
 
-def other_tap(rng: random.Random, split: Split) -> Dialogue:
-    """A tap on something else, or on what is not there, on a screen that shows the new colour."""
+def new_conversation(rng: random.Random) -> Dialogue:
+    """Up to four requests about one screen: taps on icons of the new colour, and what could be asked before."""
     with known():
         while True:
             lang = any_lang(rng)
-            screen = draw_screen(rng, split, "icons")
-            turn = tap_turn(rng, lang, split, screen)
-            shown = any(thing.colour == NEW for thing in screen.icons)
-            if shown and (turn.target is None or turn.target.colour != NEW):
-                return Dialogue("beside the new colour", lang, (turn,), rng.random() < 0.5)
+            screen = draw_screen(rng, "train", "icons")
+            shapes = {thing.shape for thing in screen.icons if thing.colour == NEW}
+            others = {thing.shape for thing in screen.icons if thing.colour != NEW}
+            if not shapes & others or (len(shapes) == 1 and rng.random() > ONE_SHAPE):
+                continue
+            kinds = ["new", "new", "old", "old"]
+            rng.shuffle(kinds)
+            turns: list[Turn] = []
+            for kind in kinds:
+                turn = _turn(rng, lang, screen, new=kind == "new")
+                # Asked again, an answer could be copied.
+                if turn is not None and not any(_same(turn, other) for other in turns):
+                    turns.append(replace(turn, screen=None if turns else screen))
+            if any(is_new(turn, lang) for turn in turns):
+                return make(rng, "new colour", lang, "train", turns)
+
+
+def _turn(rng: random.Random, lang: Lang, screen: Screen, *, new: bool) -> Turn | None:
+    for _ in range(_TRIES):
+        ask = tap_turn if new or rng.random() < 0.4 else question_turn
+        turn = ask(rng, lang, "train", screen)
+        said = f"{turn.text} {turn.thought} {turn.answer}".lower()
+        old = not any(word in said for words in WORDS.values() for word in words)
+        if is_new(turn, lang) if new else old:
+            return turn
+    return None
+
+
+def _same(one: Turn, other: Turn) -> bool:
+    return one.text == other.text or (one.target is not None and one.target == other.target)
 
 
 def old_task(rng: random.Random) -> Dialogue:
@@ -80,16 +115,7 @@ def old_task(rng: random.Random) -> Dialogue:
 def training(count: int, seed: int) -> list[Dialogue]:
     """`count` dialogues for training, the same for the same seed."""
     rng = random.Random(f"{NEW} {seed}")
-    found = []
-    for _ in range(count):
-        roll = rng.randrange(100)
-        if roll < SHARES[0]:
-            found.append(new_tap(rng, "train"))
-        elif roll < sum(SHARES):
-            found.append(other_tap(rng, "train"))
-        else:
-            found.append(old_task(rng))
-    return found
+    return [new_conversation(rng) if rng.random() < SHARE else old_task(rng) for _ in range(count)]
 
 
 def held_out(count: int, seed: int) -> list[Dialogue]:
@@ -117,7 +143,8 @@ def record(dialogue: Dialogue, folder: Path, name: str) -> dict[str, Any]:
             number += part["type"] != "text"
     last = dialogue.turns[-1]
     thought = f"<think>{last.thought}</think>" if dialogue.thinking else ""
-    return {"messages": [*found, {"role": "assistant", "content": f"{thought}<answer>{last.answer}</answer>"}]}
+    line = {"messages": [*found, {"role": "assistant", "content": f"{thought}<answer>{last.answer}</answer>"}]}
+    return line if dialogue.task == "new colour" else line | {"keep": True}
 
 
 def write(folder: Path, count: int, seed: int = 1) -> Path:
