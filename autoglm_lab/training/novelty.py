@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 _DIALOGUES: Final = 64
 """That are looked at, of either kind."""
-_ROWS: Final = 32
-"""Inputs of each layer that a dialogue tells."""
+_ROWS, _FEW_ROWS, _WIDE = 32, 8, 1024
+"""Inputs of each layer that a dialogue tells, and of a layer with more numbers than `_WIDE`: the work grows with the
+cube of the rows."""
 _RIDGE: Final = 0.01
 
 
@@ -38,7 +39,8 @@ def inputs_of(
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             rows = given[0].detach().flatten(0, -2)
-            chosen = torch.randint(len(rows), (_ROWS,), generator=generator)
+            count = _ROWS if rows.shape[-1] <= _WIDE else _FEW_ROWS
+            chosen = torch.randint(len(rows), (count,), generator=generator)
             drawn[name].append(rows[chosen.to(rows.device)].cpu())
 
         return hook
