@@ -1,7 +1,7 @@
 """Attention in float32 for models that a CPU computes in half precision.
 
 torch's attention for CPUs is slower in bfloat16 than in float32, backward above all, where matrix products are
-four times as fast (torch 2.13 on a processor with AVX-512 BF16).
+several times as fast (torch 2.13 on a processor with AVX-512 BF16).
 """
 
 from __future__ import annotations

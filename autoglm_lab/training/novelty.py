@@ -39,6 +39,8 @@ def inputs_of(
     def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_layer: nn.Module, given: tuple[Tensor, ...]) -> None:
             rows = given[0].detach().flatten(0, -2)
+            if not len(rows):  # an expert that no token was sent to
+                return
             count = _ROWS if rows.shape[-1] <= _WIDE else _FEW_ROWS
             chosen = torch.randint(len(rows), (count,), generator=generator)
             drawn[name].append(rows[chosen.to(rows.device)].cpu())

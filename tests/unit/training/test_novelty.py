@@ -70,6 +70,17 @@ def test_inputs_are_drawn_from_dialogues_all_over() -> None:
     assert not layer._forward_pre_hooks
 
 
+def test_a_layer_that_no_token_reaches_tells_nothing() -> None:
+    """As an expert to which none is sent."""
+    layers = {"busy": torch.nn.Linear(4, 2), "idle": torch.nn.Linear(4, 2)}
+
+    def run(_dialogue: int) -> None:
+        layers["busy"](torch.ones(1, 5, 4))
+        layers["idle"](torch.ones(0, 4))
+
+    assert set(inputs_of(layers, [1, 2], run, 0)) == {"busy"}
+
+
 def test_a_line_says_what_is_to_be_kept(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, DATA)))
