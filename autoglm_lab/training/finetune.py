@@ -215,12 +215,15 @@ class Finetuning:
         self._state.residency.ensure(self._needed, "a look at the data")
 
         def look(dialogue: Example) -> None:
-            self._step.look(dialogue)
+            if not self.run.stopping:
+                self._step.look(dialogue)
             self._pause()
 
         course = self._course
         layers = self._adapters.layers(course.name)
         newer, older = (inputs_of(layers, dialogues, look, course.seed) for dialogues in (new, kept))
+        if self.run.stopping:
+            return
         directions = {
             name: novel_directions(newer[name], older[name], course.rank) for name in newer.keys() & older.keys()
         }

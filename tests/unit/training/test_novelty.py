@@ -10,6 +10,7 @@ import autoglm_lab as lab
 from autoglm_lab.errors import DatasetError
 from autoglm_lab.training.dataset import read_dataset
 from autoglm_lab.training.novelty import inputs_of, novel_directions
+from autoglm_lab.training.step import Step
 
 
 def line(question: str, *, keep: bool | None = None) -> dict[str, object]:
@@ -109,3 +110,12 @@ def test_an_adapter_begins_with_what_is_new() -> None:
         again.result(60)
         same = wb.tuner._adapters.layers("default")[name].lora_A["default"].weight
         torch.testing.assert_close(same, first)
+
+
+def test_stop_is_obeyed_while_what_is_new_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(Step, "look", lambda _step, dialogue: seen.append(dialogue))
+    with lab.load("autoglm-tiny", device="cpu") as wb:
+        run = wb.finetune(DATA, rank=4, steps=3, watch=lambda run: run.stop() if "new" in run.note else None)
+        assert run.result(60).stopped
+        assert (run.state, run.step, seen) == ("stopped", 1, [])
