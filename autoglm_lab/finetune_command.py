@@ -23,7 +23,16 @@ def finetune(
     ] = None,
     method: Annotated[str, typer.Option(help="lora, or full: the weights of the text module.")] = "lora",
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A linear layer with an adapter, or its last part; again for more."),
+    ] = None,
+    all_answers: Annotated[bool, typer.Option("--all-answers", help="Learn every answer, not only the last.")] = False,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 1e-3,
+    schedule: Annotated[str, typer.Option(help="Of the rate after the first steps: cosine or constant.")] = "cosine",
+    ema: Annotated[
+        float | None, typer.Option(metavar="DECAY", help="Learn the moving average of the steps: 0.99.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: by --epochs.")] = None,
     epochs: Annotated[float, typer.Option(help="Times through the data.")] = 1.0,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between two checkpoints.")] = None,
@@ -50,7 +59,8 @@ def finetune(
 
     course = course_of(
         method=method, rank=rank, alpha=2.0 * rank, learning_rate=learning_rate, steps=steps, epochs=epochs,
-        save_every=save_every, resume=resume, out=out, seed=seed,
+        save_every=save_every, resume=resume, out=out, seed=seed, targets=target or None, all_answers=all_answers,
+        schedule=schedule, ema=ema,
     )  # fmt: skip
     dataset = read_dataset(data, strict=strict)
     policy = MemoryPolicy() if policy_file is None else MemoryPolicy.from_yaml(policy_file)

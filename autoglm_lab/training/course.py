@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from autoglm_lab.errors import TrainingError
 
 Method = Literal["lora", "full"]
+Schedule = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,10 @@ class Course:
         modules: that learn with ``full``.
         steps: of the optimiser; None: ``epochs`` times through the data.
         epochs: see ``steps``.
-        learning_rate: at its highest, after ``warm_up`` steps; then it falls to 0 along a cosine.
+        learning_rate: at its highest, after ``warm_up`` steps.
+        schedule: of the learning rate then: ``cosine``: it falls to 0; ``constant``: it stays, for use with ``ema``.
+        ema: what is learnt is the exponential moving average of what the steps made, with this decay (0.99: of about
+            the last 100 steps), kept in float32 on the host; None: what the last step made.
         all_answers: learn every answer of a dialogue, not only the last.
         max_tokens: of a dialogue; longer ones are left out.
         save_every: steps between two checkpoints; None: at the end alone.
@@ -42,6 +46,8 @@ class Course:
     epochs: float = 1.0
     learning_rate: float = 1e-3
     warm_up: int = 10
+    schedule: Schedule = "cosine"
+    ema: float | None = None
     all_answers: bool = False
     max_tokens: int | None = None
     save_every: int | None = None
@@ -69,6 +75,11 @@ def course_of(**settings: Any) -> Course:
     if isinstance(settings.get("out"), str):
         settings["out"] = Path(settings["out"])
     course = Course(**settings)
+    _check(course)
+    return course
+
+
+def _check(course: Course) -> None:
     for name in ("rank", "alpha", "epochs", "learning_rate"):
         if not getattr(course, name) > 0:
             raise TrainingError(f"{name} must be more than 0 (got {getattr(course, name)!r})")
@@ -76,8 +87,11 @@ def course_of(**settings: Any) -> Course:
         value = getattr(course, name)
         if value is not None and value < 1:
             raise TrainingError(f"{name} must be at least 1 (got {value!r})")
-    if course.method not in ("lora", "full"):
-        raise TrainingError(f"there is no method '{course.method}': use 'lora' or 'full'")
+    if course.ema is not None and not 0 < course.ema < 1:
+        raise TrainingError(f"ema must be more than 0 and less than 1 (got {course.ema!r})")
+    for name, choices in (("method", get_args(Method)), ("schedule", get_args(Schedule))):
+        if getattr(course, name) not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise TrainingError(f"there is no {name} '{getattr(course, name)}': use {wanted}")
     if course.resume and course.out is None:
         raise TrainingError("resume needs the folder that holds the checkpoints: give out=")
-    return course

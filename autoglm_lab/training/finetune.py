@@ -30,6 +30,7 @@ from autoglm_lab.training.feature_cache import FeatureCache
 from autoglm_lab.training.loop import Learnt, Loop, arguments, latest, optimizer_of, quietly
 from autoglm_lab.training.novelty import inputs_of, novel_directions
 from autoglm_lab.training.run import TrainingResult, TrainingRun
+from autoglm_lab.training.running_mean import RunningMean
 from autoglm_lab.training.settings import StepSettings
 from autoglm_lab.training.step import Step
 from autoglm_lab.training.step_peaks import StepPeaks
@@ -252,14 +253,15 @@ class Finetuning:
             run.steps = course.total_steps(len(self._data), batch)
             told = arguments(
                 out, state.accelerator.device, batch=batch, steps=run.steps, rate=course.learning_rate,
-                warm_up=min(course.warm_up, run.steps // 4), save_every=course.save_every or run.steps + 1,
-                seed=course.seed,
+                warm_up=min(course.warm_up, run.steps // 4), schedule=course.schedule,
+                save_every=course.save_every or run.steps + 1, seed=course.seed,
             )  # fmt: skip
             with quietly():
                 optimizer = optimizer_of(self._policy.optimizer, course.learning_rate)
+                mean = RunningMean(learnt.named, course.ema) if course.ema is not None else None
                 loop = Loop(
                     learnt, told, self._data, self._run_step, optimizer=optimizer, callbacks=[_Watch(self)],
-                    stored=self._stored,
+                    stored=self._stored, mean=mean,
                 )  # fmt: skip
                 last = latest(out) if course.resume else None
                 if course.resume and last is None:
@@ -270,6 +272,8 @@ class Finetuning:
                         self._begin_with_what_is_new()
                     run.tell("training", str(self._step.settings))
                     loop.train(resume_from_checkpoint=None if last is None else str(last))
+                    if mean is not None:
+                        mean.apply()
                 except BaseException:
                     if self._made:
                         self._adapters.remove()

@@ -18,9 +18,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from autoglm_lab.errors import TrainingError
 from autoglm_lab.training.adapters import flush
+from autoglm_lab.training.course import Schedule
 from autoglm_lab.training.examples import Example
+from autoglm_lab.training.running_mean import RunningMean
 
 WEIGHTS = "learnt.safetensors"
+MEAN = "mean.safetensors"
 _STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS)
 
 
@@ -55,6 +58,7 @@ class Loop(Trainer):  # type: ignore[no-any-unimported, unused-ignore]
     learnt: what learns.
     run: forward and backward over the dialogues of one step; their mean loss.
     stored: told what the gradients and the optimiser's states take, in bytes, after each step.
+    mean: of what learns, if one is kept; it is in the checkpoints too.
     """
 
     def __init__(
@@ -67,15 +71,16 @@ class Loop(Trainer):  # type: ignore[no-any-unimported, unused-ignore]
         optimizer: tuple[Any, dict[str, Any]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         stored: Callable[[int, int], None] = lambda _gradients, _states: None,
+        mean: RunningMean | None = None,
     ) -> None:
-        self._run, self._stored, self._learnt = run, stored, learnt
+        self._run, self._stored, self._learnt, self._mean = run, stored, learnt, mean
         self._staging: Path | None = None
         super().__init__(
             learnt,
             arguments,
             data_collator=_as_they_are,
             train_dataset=list(examples),  # type: ignore[arg-type, unused-ignore]
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *([_Update(mean)] if mean is not None else [])],
             optimizer_cls_and_kwargs=optimizer,
         )
         for shown in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"):
@@ -131,10 +136,26 @@ class Loop(Trainer):  # type: ignore[no-any-unimported, unused-ignore]
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         self._learnt.write(folder / WEIGHTS)
+        if self._mean is not None:
+            self._mean.write(folder / MEAN)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         del model
         self._learnt.read(Path(resume_from_checkpoint) / WEIGHTS)
+        if self._mean is not None:
+            self._mean.read(Path(resume_from_checkpoint) / MEAN)
+
+
+class _Update(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Takes each step into a mean."""
+
+    def __init__(self, mean: RunningMean) -> None:
+        self._mean = mean
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> Any:
+        del args, named
+        self._mean.update(state.global_step)
+        return control
 
 
 def _as_they_are(examples: list[Any]) -> Any:
@@ -153,7 +174,16 @@ def latest(folder: Path) -> Path | None:
 
 
 def arguments(
-    out: Path, device: torch.device, *, batch: int, steps: int, rate: float, warm_up: int, save_every: int, seed: int
+    out: Path,
+    device: torch.device,
+    *,
+    batch: int,
+    steps: int,
+    rate: float,
+    warm_up: int,
+    schedule: Schedule,
+    save_every: int,
+    seed: int,
 ) -> TrainingArguments:
     """What the Trainer is told: one optimiser step for each batch of ``batch`` dialogues."""
     made = TrainingArguments(
@@ -161,7 +191,7 @@ def arguments(
         per_device_train_batch_size=batch,
         max_steps=steps,
         learning_rate=rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="cosine" if schedule == "cosine" else "constant_with_warmup",
         warmup_steps=warm_up,
         max_grad_norm=1.0,
         logging_steps=1,
