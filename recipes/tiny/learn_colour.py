@@ -2,7 +2,8 @@
 
 Accuracy before and after, on taps of held-out looks and words (`new_colour.held_out`) and the old tasks (`evaluate`).
 The adapter is on what sees (the feed-forward layers of the vision tower and what joins it to the decoder) and on what
-reads the words (the first half of the decoder); the layers that count and answer stay as they are.
+reads the words (the first half of the decoder); the layers that count and answer stay as they are. The mean over
+the last steps is kept: it forgets less than a learning rate that falls to 0, at the same accuracy on the new colour.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from recipes.tiny.evaluate import answers, evaluate
 _LAYER: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_up_proj",
                  "mlp.down_proj")  # fmt: skip
 DECODER: Final = tuple(f"language_model.layers.{layer}.{name}" for layer in range(3) for name in _LAYER)
+# Held-out taps on the new colour.
+TAPS: Final = 1024
 VISION: Final = ("fc1", "fc2", "merger", "vision_projector.linear_1", "vision_projector.linear_2")
 
 
@@ -28,7 +31,8 @@ def learn(wb: Any, data: Path, steps: int, rate: float) -> Any:
     """The training; its result."""
     wb.policy = wb.policy.replace(training={"checkpointing": "none", "micro_batch": 8, "accumulation": 1})
     run = wb.finetune(
-        data, steps=steps, learning_rate=rate, rank=8, alpha=16.0, targets=[*DECODER, *VISION], all_answers=True,
+        data, steps=steps, learning_rate=rate, schedule="constant", ema=0.99, rank=8, alpha=16.0,
+        targets=[*DECODER, *VISION], all_answers=True,
         watch=lambda run: print(run, flush=True) if run.step % 10 == 0 and run.step else None,
     )  # fmt: skip
     return run.result()
@@ -43,17 +47,17 @@ def correct(wb: Any, count: int, seed: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dialogues", type=int, default=2800)
-    parser.add_argument("--steps", type=int, default=490, help="of 8 dialogues")
-    parser.add_argument("--rate", type=float, default=2.5e-3)
+    parser.add_argument("--steps", type=int, default=520, help="of 8 dialogues")
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--dtype", default="bfloat16", help="of the training; float32 where a CPU is slow in bfloat16")
-    parser.add_argument("--count", type=int, default=256, help="held-out dialogues a task; 0 leaves the old tasks out")
+    parser.add_argument("--count", type=int, default=256, help="held-out dialogues of each old task; 0: none")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
 
     def judged(wb: Any, when: str) -> dict[str, Any]:
         old = {f"old tasks {when}": evaluate(wb.model, wb.processor, 57, asked.count)} if asked.count else {}
-        return {when: correct(wb, 256, asked.seed)} | old
+        return {when: correct(wb, TAPS, asked.seed)} | old
 
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"

@@ -30,11 +30,13 @@ WORDS: Final = {"en": ("brown",), "zh": ("棕色", "棕")}
 # Hue in degrees and its spread, then the ranges of saturation and value: a dark orange.
 SHADE: Final = (22.0, 6.0, (0.55, 0.8), (0.3, 0.5))
 # Of the conversations are about the new colour; the others are old tasks.
-SHARE: Final = 0.6
+SHARE: Final = 0.55
 # Of those show it in one shape alone, which then needs no telling apart.
 ONE_SHAPE: Final = 0.4
+# Of the requests about it in English are in capitals, at the least: such commands are what the model reads worst.
+CAPITALS: Final = 0.2
 _TRIES: Final = 60
-_OLD: Final = ("text", *["image"] * 7, "audio", "both", "recall_short")
+_OLD: Final = ("text", "image", *["screen"] * 6, "audio", "both", "recall_short")
 
 
 @contextlib.contextmanager
@@ -77,16 +79,27 @@ def new_conversation(rng: random.Random) -> Dialogue:
             others = {thing.shape for thing in screen.icons if thing.colour != NEW}
             if not shapes & others or (len(shapes) == 1 and rng.random() > ONE_SHAPE):
                 continue
-            kinds = ["new", "new", "old", "old"]
-            rng.shuffle(kinds)
-            turns: list[Turn] = []
-            for kind in kinds:
-                turn = _turn(rng, lang, screen, new=kind == "new")
-                # Asked again, an answer could be copied.
-                if turn is not None and not any(_same(turn, other) for other in turns):
-                    turns.append(replace(turn, screen=None if turns else screen))
+            turns = _turns(rng, lang, screen, ["new", "new", "old", "old"])
             if any(is_new(turn, lang) for turn in turns):
                 return make(rng, "new colour", lang, "train", turns)
+
+
+def old_screen(rng: random.Random) -> Dialogue:
+    """Up to four requests about one screen of colours that the embedded model knows."""
+    lang = any_lang(rng)
+    return make(rng, "image", lang, "train", _turns(rng, lang, draw_screen(rng, "train", "icons"), ["old"] * 4))
+
+
+def _turns(rng: random.Random, lang: Lang, screen: Screen, kinds: list[str]) -> list[Turn]:
+    """Different requests about one screen, which comes with the first of them."""
+    rng.shuffle(kinds)
+    turns: list[Turn] = []
+    for kind in kinds:
+        turn = _turn(rng, lang, screen, new=kind == "new")
+        # Asked again, an answer could be copied.
+        if turn is not None and not any(_same(turn, other) for other in turns):
+            turns.append(replace(turn, screen=None if turns else screen))
+    return turns
 
 
 def _turn(rng: random.Random, lang: Lang, screen: Screen, *, new: bool) -> Turn | None:
@@ -95,7 +108,10 @@ def _turn(rng: random.Random, lang: Lang, screen: Screen, *, new: bool) -> Turn 
         turn = ask(rng, lang, "train", screen)
         said = f"{turn.text} {turn.thought} {turn.answer}".lower()
         old = not any(word in said for words in WORDS.values() for word in words)
-        if is_new(turn, lang) if new else old:
+        if new and is_new(turn, lang):
+            shouted = lang == "en" and rng.random() < CAPITALS
+            return replace(turn, text=turn.text.upper()) if shouted else turn
+        if old and not new:
             return turn
     return None
 
@@ -107,7 +123,8 @@ def _same(one: Turn, other: Turn) -> bool:
 def old_task(rng: random.Random) -> Dialogue:
     """A dialogue that the embedded model was trained on, of at most six turns."""
     while True:
-        dialogue = TRAINED[rng.choice(_OLD)](rng, "train")
+        kind = rng.choice(_OLD)
+        dialogue = old_screen(rng) if kind == "screen" else TRAINED[kind](rng, "train")
         if len(dialogue.turns) <= 6:
             return dialogue
 
