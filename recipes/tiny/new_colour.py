@@ -30,7 +30,7 @@ WORDS: Final = {"en": ("brown",), "zh": ("棕色", "棕")}
 # Hue in degrees and its spread, then the ranges of saturation and value: a dark orange.
 SHADE: Final = (22.0, 6.0, (0.55, 0.8), (0.3, 0.5))
 # Of the conversations are about the new colour; the others are old tasks.
-SHARE: Final = 0.55
+SHARE: Final = 0.6
 # Of those show it in one shape alone, which then needs no telling apart.
 ONE_SHAPE: Final = 0.4
 # Of the requests about it in English are in capitals, at the least: such commands are what the model reads worst.
