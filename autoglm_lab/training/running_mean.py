@@ -15,6 +15,8 @@ from autoglm_lab.errors import TrainingError
 class RunningMean:
     """The exponential moving average of some parameters over the steps, in float32 on the host.
 
+    `torch.optim.swa_utils.AveragedModel` copies a module in its own dtype, in which small changes are lost.
+
     Args:
         parameters: by their names.
         decay: of a step, from 0 to 1: about ``1 / (1 - decay)`` steps count. At first less, so that the values from

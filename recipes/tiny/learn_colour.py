@@ -3,7 +3,7 @@
 Accuracy before and after, on taps of held-out looks and words (`new_colour.held_out`) and the old tasks (`evaluate`).
 The adapter is on what sees (the feed-forward layers of the vision tower and what joins it to the decoder) and on what
 reads the words (the first half of the decoder); the layers that count and answer stay as they are. The mean over
-the last steps is kept: it forgets less than a learning rate that falls to 0, at the same accuracy on the new colour.
+the last steps is kept: it forgets less than what the last step made.
 """
 
 from __future__ import annotations

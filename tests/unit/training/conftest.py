@@ -33,6 +33,17 @@ def wb(trained: lab.Workbench) -> Iterator[lab.Workbench]:
         trained.drop(info.name)
 
 
+@pytest.fixture
+def small_batches(wb: lab.Workbench) -> None:
+    """Steps of two dialogues."""
+    wb.policy = wb.policy.replace(training={"micro_batch": 2, "accumulation": 1})
+
+
+def weights(wb: lab.Workbench) -> dict[str, torch.Tensor]:
+    """The adapters' weights, by name."""
+    return {name: value.detach().clone() for name, value in wb.model.named_parameters() if ".lora_" in name}
+
+
 def lines(count: int = 6) -> list[dict[str, Any]]:
     """Dialogues over the package's samples, answers as they are or made up."""
     found = []

@@ -16,18 +16,11 @@ from autoglm_lab.training.loop import checkpoints, latest
 from autoglm_lab.training.run import TrainingRun, curve
 from autoglm_lab.training.step import Step
 from autoglm_lab.units import format_bytes
+from tests.unit.training.conftest import weights
 
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8.0, "learning_rate": 5e-3, "warm_up": 1, "seed": 1}
 WAIT = 60
-
-
-@pytest.fixture(autouse=True)
-def small_batches(wb: lab.Workbench) -> None:
-    wb.policy = wb.policy.replace(training={"micro_batch": 2, "accumulation": 1})
-
-
-def weights(wb: lab.Workbench) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in wb.model.named_parameters() if ".lora_" in name}
+pytestmark = pytest.mark.usefixtures("small_batches")
 
 
 def test_training_lowers_the_loss_and_the_model_answers_with_what_it_learnt(wb: lab.Workbench, data: Dataset) -> None:

@@ -12,20 +12,13 @@ from autoglm_lab.errors import TrainingError
 from autoglm_lab.training.dataset import Dataset
 from autoglm_lab.training.run import TrainingRun
 from autoglm_lab.training.running_mean import RunningMean
+from tests.unit.training.conftest import weights
 
 COURSE: dict[str, Any] = {
     "rank": 4, "alpha": 8.0, "learning_rate": 5e-3, "warm_up": 1, "seed": 1, "schedule": "constant", "ema": 0.6,
 }  # fmt: skip
 WAIT = 60
-
-
-@pytest.fixture(autouse=True)
-def small_batches(wb: lab.Workbench) -> None:
-    wb.policy = wb.policy.replace(training={"micro_batch": 2, "accumulation": 1})
-
-
-def weights(wb: lab.Workbench) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in wb.model.named_parameters() if ".lora_" in name}
+pytestmark = pytest.mark.usefixtures("small_batches")
 
 
 def test_it_is_the_exponential_moving_average_that_soon_forgets_where_it_began() -> None:

@@ -11,11 +11,7 @@ from autoglm_lab.training.dataset import Dataset
 from autoglm_lab.training.step import Step
 
 SMALL: dict[str, Any] = {"rank": 4, "alpha": 8.0, "warm_up": 1, "steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def small_batches(wb: lab.Workbench) -> None:
-    wb.policy = wb.policy.replace(training={"micro_batch": 2, "accumulation": 1})
+pytestmark = pytest.mark.usefixtures("small_batches")
 
 
 def stop_after_two(run: Any) -> None:
