@@ -63,7 +63,8 @@ class Step:
     @torch.no_grad()
     def look(self, dialogue: Example) -> None:
         """One dialogue through the layers, and nothing else."""
-        self._forward(self._examples.batch([dialogue], self._device))
+        with self._attention():
+            self._forward(self._examples.batch([dialogue], self._device))
 
     def loss(self, batch: Mapping[str, Any], count: int) -> Tensor:
         """The summed loss of one micro-batch's labels over ``count``."""
