@@ -33,6 +33,7 @@ def finetune(
     ema: Annotated[
         float | None, typer.Option(metavar="DECAY", help="Learn the moving average of the steps: 0.99.")
     ] = None,
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW, on matrices.")] = 0.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: by --epochs.")] = None,
     epochs: Annotated[float, typer.Option(help="Times through the data.")] = 1.0,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between two checkpoints.")] = None,
@@ -60,7 +61,7 @@ def finetune(
     course = course_of(
         method=method, rank=rank, alpha=2.0 * rank, learning_rate=learning_rate, steps=steps, epochs=epochs,
         save_every=save_every, resume=resume, out=out, seed=seed, targets=target or None, all_answers=all_answers,
-        schedule=schedule, ema=ema,
+        schedule=schedule, ema=ema, weight_decay=weight_decay,
     )  # fmt: skip
     dataset = read_dataset(data, strict=strict)
     policy = MemoryPolicy() if policy_file is None else MemoryPolicy.from_yaml(policy_file)

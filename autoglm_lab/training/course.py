@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from autoglm_lab.errors import TrainingError
 
 Method = Literal["lora", "full"]
 Schedule = Literal["cosine", "constant"]
+
+_Limit = tuple[str, type, Callable[[Any], bool]]
+_COUNT: Final[_Limit] = ("a whole number, at least 1", Integral, lambda value: value >= 1)
+_SIZE: Final[_Limit] = ("a number of more than 0", Real, lambda value: value > 0)
+_LIMITS: Final[dict[str, _Limit]] = {
+    **dict.fromkeys(("rank", "steps", "save_every", "max_tokens"), _COUNT),
+    **dict.fromkeys(("alpha", "epochs", "learning_rate"), _SIZE),
+    "warm_up": ("a whole number, at least 0", Integral, lambda value: value >= 0),
+    "weight_decay": ("a number, at least 0", Real, lambda value: value >= 0),
+    "ema": ("a number of more than 0 and less than 1", Real, lambda value: 0 < value < 1),
+}
+_OPTIONAL: Final = ("steps", "save_every", "max_tokens", "ema")
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,8 @@ class Course:
         schedule: of the learning rate then: ``cosine``: it falls to 0; ``constant``: it stays, for use with ``ema``.
         ema: what is learnt is the exponential moving average of what the steps made, with this decay (0.99: of about
             the last 100 steps), kept in float32 on the host; None: what the last step made.
+        weight_decay: of AdamW, on matrices alone: what learns becomes ``learning_rate * weight_decay`` of itself less a
+            step. An adapter then stays small where the data does not ask for it.
         all_answers: learn every answer of a dialogue, not only the last.
         max_tokens: of a dialogue; longer ones are left out.
         save_every: steps between two checkpoints; None: at the end alone.
@@ -48,6 +64,7 @@ class Course:
     warm_up: int = 10
     schedule: Schedule = "cosine"
     ema: float | None = None
+    weight_decay: float = 0.0
     all_answers: bool = False
     max_tokens: int | None = None
     save_every: int | None = None
@@ -80,18 +97,15 @@ def course_of(**settings: Any) -> Course:
 
 
 def _check(course: Course) -> None:
-    for name in ("rank", "alpha", "epochs", "learning_rate"):
-        if not getattr(course, name) > 0:
-            raise TrainingError(f"{name} must be more than 0 (got {getattr(course, name)!r})")
-    for name in ("steps", "save_every", "max_tokens"):
+    for name, (wanted, kind, fits) in _LIMITS.items():
         value = getattr(course, name)
-        if value is not None and value < 1:
-            raise TrainingError(f"{name} must be at least 1 (got {value!r})")
-    if course.ema is not None and not 0 < course.ema < 1:
-        raise TrainingError(f"ema must be more than 0 and less than 1 (got {course.ema!r})")
+        if value is None and name in _OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
+            raise TrainingError(f"{name} must be {wanted} (got {value!r})")
     for name, choices in (("method", get_args(Method)), ("schedule", get_args(Schedule))):
         if getattr(course, name) not in choices:
-            wanted = " or ".join(map(repr, choices))
-            raise TrainingError(f"there is no {name} '{getattr(course, name)}': use {wanted}")
+            words = " or ".join(map(repr, choices))
+            raise TrainingError(f"there is no {name} '{getattr(course, name)}': use {words}")
     if course.resume and course.out is None:
         raise TrainingError("resume needs the folder that holds the checkpoints: give out=")

@@ -254,7 +254,7 @@ class Finetuning:
             told = arguments(
                 out, state.accelerator.device, batch=batch, steps=run.steps, rate=course.learning_rate,
                 warm_up=min(course.warm_up, run.steps // 4), schedule=course.schedule,
-                save_every=course.save_every or run.steps + 1, seed=course.seed,
+                weight_decay=course.weight_decay, save_every=course.save_every or run.steps + 1, seed=course.seed,
             )  # fmt: skip
             with quietly():
                 optimizer = optimizer_of(self._policy.optimizer, course.learning_rate)

@@ -104,6 +104,10 @@ class Loop(Trainer):  # type: ignore[no-any-unimported, unused-ignore]
         values = [value for one in optimizer.state.values() for value in one.values() if isinstance(value, Tensor)]
         return sum(value.nbytes if type(value) is Tensor else _inner_bytes(value) for value in values)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices; biases and the scales of norms do not decay."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
     def floating_point_ops(self, inputs: Any) -> int:
         del inputs
         return 0
@@ -182,6 +186,7 @@ def arguments(
     rate: float,
     warm_up: int,
     schedule: Schedule,
+    weight_decay: float,
     save_every: int,
     seed: int,
 ) -> TrainingArguments:
@@ -193,6 +198,7 @@ def arguments(
         learning_rate=rate,
         lr_scheduler_type="cosine" if schedule == "cosine" else "constant_with_warmup",
         warmup_steps=warm_up,
+        weight_decay=weight_decay,
         max_grad_norm=1.0,
         logging_steps=1,
         logging_strategy="no",

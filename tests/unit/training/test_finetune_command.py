@@ -18,6 +18,7 @@ def test_the_command_writes_checkpoints_and_an_adapter_and_names_bad_lines(tmp_p
     asked = ["finetune", "autoglm-tiny", str(data), "--out", str(out), "--steps", "2", "--rank", "2", "--device", "cpu"]
     policy = ["--policy", str(tmp_path / "policy.yaml"), "--quantize", "nf4"]
     how = ["--target", "o_proj", "--target", "linear_2", "--all-answers", "--schedule", "constant", "--ema", "0.9"]
+    how += ["--weight-decay", "0.1"]
     result = CliRunner().invoke(app, [*asked, *policy, *how])
     assert result.exit_code == 0, result.output
     assert "done after 2 steps" in result.output

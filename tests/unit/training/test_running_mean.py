@@ -79,13 +79,6 @@ def test_a_checkpoint_without_one_is_another_training(wb: lab.Workbench, data: D
         run.result(WAIT)
 
 
-def test_a_decay_or_a_schedule_that_cannot_be_is_named(wb: lab.Workbench, data: Dataset) -> None:
-    with pytest.raises(TrainingError, match=r"ema must be more than 0 and less than 1 \(got 1\.5\)"):
-        wb.finetune(data, ema=1.5)
-    with pytest.raises(TrainingError, match="there is no schedule 'linear': use 'cosine' or 'constant'"):
-        wb.finetune(data, schedule="linear")
-
-
 def test_a_constant_rate_stays_after_the_warm_up(wb: lab.Workbench, data: Dataset) -> None:
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
