@@ -20,7 +20,7 @@ _DIALOGUES: Final = 64
 _ROWS, _FEW_ROWS, _WIDE = 32, 8, 1024
 """Inputs of each layer that a dialogue tells, and of a layer with more numbers than `_WIDE`: the work grows with the
 cube of the rows."""
-_RIDGE: Final = 0.01
+_RIDGE: Final = 0.001
 
 
 def inputs_of(

@@ -31,7 +31,7 @@ def learn(wb: Any, data: Path, steps: int, rate: float) -> Any:
     """The training; its result."""
     wb.policy = wb.policy.replace(training={"checkpointing": "none", "micro_batch": 8, "accumulation": 1})
     run = wb.finetune(
-        data, steps=steps, learning_rate=rate, schedule="constant", ema=0.99, rank=8, alpha=16.0,
+        data, steps=steps, learning_rate=rate, schedule="constant", ema=0.99, weight_decay=1.0, rank=8, alpha=16.0,
         targets=[*DECODER, *VISION], all_answers=True,
         watch=lambda run: print(run, flush=True) if run.step % 10 == 0 and run.step else None,
     )  # fmt: skip

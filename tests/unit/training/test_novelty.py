@@ -44,7 +44,7 @@ def test_directions_solve_the_generalised_eigenproblem(rows: int, width: int) ->
     torch.manual_seed(2)
     kept, new = (torch.randn(rows, width) @ torch.randn(width, width) for _ in range(2))
     both = [some.double().T @ some.double() / rows for some in (new, kept)]
-    lower = torch.linalg.cholesky(both[1] + 0.01 * both[1].diagonal().mean() * torch.eye(width))
+    lower = torch.linalg.cholesky(both[1] + 0.001 * both[1].diagonal().mean() * torch.eye(width))
     whitened = torch.linalg.solve_triangular(lower, both[0], upper=False)
     squares, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, whitened.T, upper=False))
     expected = torch.linalg.solve_triangular(lower.T, vectors, upper=True).flip(1)[:, :3].T
